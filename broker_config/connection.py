@@ -1,0 +1,154 @@
+"""Connections to the broker, with every timeout explicit, and driver errors turned into ours.
+
+redis-py 8 times blocking reads out after 5 s and then repeats them, and repeats writes whose reply was lost.
+Hence three kinds of client: commands (short timeout; all our writes are scripts that are safe to send
+again), blobs (a timeout that fits their size), blocking reads (a timeout above the longest block, no repeats).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit, urlunsplit
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
+from redis.retry import Retry
+
+from broker_config.embedded_broker import find_running
+from broker_config.errors import (
+    BrokerError,
+    BrokerNotRunning,
+    BrokerRefusesWrites,
+    BrokerUnreachable,
+    ConfigurationError,
+)
+from broker_config.settings import Settings
+
+#: A command takes well under a millisecond; a broker that fsyncs or loads may take seconds.
+COMMAND_TIMEOUT_S: Final = 10.0
+CONNECT_TIMEOUT_S: Final = 5.0
+#: 256 MiB over a 100 Mbit/s line.
+BLOB_TIMEOUT_S: Final = 60.0
+#: Longest block a caller may ask for, and the socket timeout above it: a dead network must not hang a reader.
+MAX_BLOCK_S: Final = 20.0
+_BLOCKING_TIMEOUT_S: Final = 30.0
+#: 2 MB GET takes 3.6 ms with redis-py's 32 KiB reads and 1.5 ms with these (docs/decisions/0003).
+_BLOB_READ_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Connections:
+    """The three clients of one process. Thread-safe: each takes connections from a pool."""
+
+    #: Without user name and password: fit for messages and logs.
+    url: str
+    commands: redis.Redis
+    blobs: redis.Redis
+    blocking: redis.Redis
+
+    def close(self) -> None:
+        """Closes every pooled connection."""
+        for client in (self.commands, self.blobs, self.blocking):
+            client.close()
+            client.connection_pool.disconnect()
+
+
+def connect(settings: Settings, *, name: str, retries: int = 3) -> Connections:
+    """Clients for the configured broker, or for the embedded one that is running. Nothing is sent yet.
+
+    Raises:
+        BrokerNotRunning: no URL is set and no embedded broker runs.
+        ConfigurationError: the URL is not one.
+    """
+    return connect_url(broker_url(settings), name=name, retries=retries)
+
+
+def broker_url(settings: Settings) -> str:
+    """URL of the configured broker, or of the embedded one that is running.
+
+    Raises:
+        BrokerNotRunning: no URL is set and no embedded broker runs.
+    """
+    if settings.redis_url is not None:
+        return settings.redis_url.get_secret_value()
+    state = find_running(settings.broker_dir)
+    if state is None:
+        raise BrokerNotRunning()
+    return state.url
+
+
+def connect_url(url: str, *, name: str, retries: int = 3) -> Connections:
+    """Clients for `url`. `name` shows in CLIENT LIST; `retries` is how often a failed command is sent again.
+
+    Raises:
+        ConfigurationError: not a redis://, rediss:// or unix:// URL.
+    """
+
+    def client(*, timeout_s: float, tries: int, read_bytes: int = 65536) -> redis.Redis:
+        return redis.Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            socket_read_size=read_bytes,
+            health_check_interval=0,
+            client_name=name,
+            retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), tries),
+        )
+
+    try:
+        return Connections(
+            url=redact(url),
+            commands=client(timeout_s=COMMAND_TIMEOUT_S, tries=retries),
+            blobs=client(timeout_s=BLOB_TIMEOUT_S, tries=retries, read_bytes=_BLOB_READ_BYTES),
+            blocking=client(timeout_s=_BLOCKING_TIMEOUT_S, tries=0),
+        )
+    except ValueError as error:
+        raise ConfigurationError(
+            f"LATENTQ_REDIS_URL {redact(url)!r} is not a broker URL ({error}): use redis://host:6379/0, "
+            "rediss://… or unix:///path"
+        ) from None
+
+
+def redact(url: str) -> str:
+    """`url` without user name, password and query."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+@contextlib.contextmanager
+def broker_errors(url: str) -> Iterator[None]:
+    """Turns the driver's errors into ours, with the address and what to do."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise BrokerUnreachable(f"the broker at {url} refuses the login ({error}): check user and password") from error
+    except (ConnectionError, TimeoutError, OSError) as error:
+        raise BrokerUnreachable(
+            f"the broker at {url} does not answer ({type(error).__name__}): start it with `latentq up`, or check "
+            "LATENTQ_REDIS_URL and the network"
+        ) from error
+    except (OutOfMemoryError, ReadOnlyError) as error:
+        raise BrokerRefusesWrites(
+            f"the broker at {url} refuses writes ({error}): raise its maxmemory or let workers catch up"
+        ) from error
+    except ResponseError as error:
+        if str(error).startswith(("MISCONF", "OOM", "READONLY", "NOREPLICAS")) or "OOM command" in str(error):
+            raise BrokerRefusesWrites(
+                f"the broker at {url} refuses writes ({error}): check its disk and memory with `latentq doctor`"
+            ) from error
+        raise BrokerError(f"the broker at {url} answered with an error: {error}") from error
+    except RedisError as error:
+        raise BrokerError(f"talking to the broker at {url} failed: {error}") from error

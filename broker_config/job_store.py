@@ -1,0 +1,359 @@
+"""Jobs in the broker: every change of state, as a typed call of one Lua script.
+
+DESIGN. Each call is one atomic script that is safe to send again, so the driver's retries after a lost reply
+do no harm: `submit` compares payload hashes, `claim` carries a token, everything a worker says about an attempt
+is fenced by its execution id (the claim's token). A process may be killed between any two calls: before
+`submit` nothing but a blob with a TTL exists; after it the job is in the queue; after `claim` it is leased and
+comes back when the lease ends; `complete`, `fail` and `cancel` change record, RQ state, ownership and waiters'
+stream at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final, NamedTuple
+
+from broker_config import keys, rq_format
+from broker_config.blob_store import REDIS_STORE
+from broker_config.connection import Connections, broker_errors
+from broker_config.errors import BlobMissing, JobConflict, JobNotFound, QueueFull, StartDeadlinePassed
+from broker_config.messages import SCHEMA_VERSION, DecodeRequest, DecodeResult, JobSnapshot, JobStatus, Mode
+from broker_config.scripts import source
+from broker_config.settings import Settings
+
+#: How far behind the head of a queue a claim looks for jobs of the same bucket.
+CLAIM_WINDOW: Final = 64
+#: Bytes a picture may take once encoded, for admission: a PNG of a photograph is 1.5 bytes a pixel, a tensor 12.
+_RESERVE_BYTES_PER_PX: Final = {"tensor": 12.0, "uint8": 3.0, "png": 2.0, "webp": 0.4, "jpg": 0.6, "mp4": 0.1}
+
+
+class Outcome(StrEnum):
+    """What a worker's word about its attempt came to."""
+
+    COMPLETED = "completed"
+    #: This attempt said so before; nothing changed.
+    ALREADY = "already"
+    #: Another attempt has the job, or it ended otherwise; what we made is not needed.
+    LOST = "lost"
+    #: An artifact is no longer in the broker: store it again, then complete again.
+    ARTIFACT_MISSING = "artifact_missing"
+    RETRYING = "retrying"
+    FAILED = "failed"
+
+
+class Claim(NamedTuple):
+    """A job a worker holds."""
+
+    job_id: str
+    #: Identifies the attempt; every later word about it carries it.
+    execution: str
+    message: bytes
+    #: RQ's own data field, which names the function.
+    rq_data: bytes
+    #: 1 for the first attempt.
+    attempt: int
+    crashes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Renewal:
+    """What a worker says of one job when it renews the lease."""
+
+    job_id: str
+    execution: str
+    #: claimed, fetch, device or finish.
+    stage: str
+    done: int = 0
+    total: int = 0
+
+
+class JobStore:
+    """The job state machine of one broker."""
+
+    def __init__(self, connections: Connections, settings: Settings) -> None:
+        self.connections = connections
+        self._settings = settings
+        self._scripts: dict[str, Any] = {}
+
+    def _run(self, name: str, *args: str | bytes | int | float) -> Any:
+        script = self._scripts.get(name)
+        if script is None:
+            script = self._scripts[name] = self.connections.commands.register_script(source(name))
+        with broker_errors(self.connections.url):
+            return script(args=args)
+
+    # Producers ------------------------------------------------------------------------------------------
+
+    def submit(self, request: DecodeRequest) -> bool:
+        """Accepts the job. True if it is new, False if this very job was accepted before.
+
+        Raises:
+            JobConflict: the id was used for other latents or options.
+            QueueFull: a limit of pending jobs, bytes or broker memory is reached.
+            BlobMissing: the latents' provisional lifetime ended; store them again, then submit again.
+        """
+        settings = self._settings
+        limits = {
+            "jobs": settings.max_pending_jobs,
+            "latents_bytes": settings.max_pending_bytes,
+            "watermark": settings.memory_watermark,
+            "owned": request.source_job_id is not None,
+        }
+        queue = keys.queue_name(request.vae, request.priority)
+        fields = self._record_fields(request, queue)
+        answer = self._run(
+            "submit",
+            request.job_id,
+            request.payload_hash,
+            json.dumps(limits),
+            request.latents.name,
+            int(request.latents.store == REDIS_STORE),
+            len(fields),
+            *fields,
+            *rq_format.job_fields(request, queue=queue, connection=self.connections.commands),
+        )
+        word = answer[0].decode()
+        if word == "conflict":
+            raise JobConflict(
+                f"job id {request.job_id} was already used for other latents or options: use a new id",
+                job_id=request.job_id,
+            )
+        if word == "blob_missing":
+            raise BlobMissing(f"the latents {request.latents.name} are not in the store", job_id=request.job_id)
+        if word == "full":
+            raise _queue_full(answer[1].decode(), request, settings)
+        return bool(word == "accepted")
+
+    def _record_fields(self, request: DecodeRequest, queue: str) -> list[str | bytes | int | float]:
+        reserved = request.pixels * _RESERVE_BYTES_PER_PX[request.output]
+        fields: dict[str, str | bytes | int | float] = {
+            "message": request.to_wire(),
+            "rq_queue": queue,
+            "vae": request.vae,
+            "bucket": request.bucket,
+            "px": request.pixels,
+            "blob": request.latents.name,
+            "latents_bytes": request.latents.size_bytes,
+            "reserved_bytes": round(reserved),
+            "schema": request.schema_version,
+            "mode": request.mode or "",
+            "retention_ms": round(request.retention_s * 1000),
+            "tombstone_ms": round(self._settings.tombstone_s * 1000),
+        }
+        if request.start_within_s is not None:
+            fields["deadline_ms"] = self.now_ms() + round(request.start_within_s * 1000)
+        return [part for pair in fields.items() for part in pair]
+
+    def now_ms(self) -> int:
+        """Milliseconds since the epoch by the broker's clock."""
+        with broker_errors(self.connections.url):
+            seconds, micros = self.connections.commands.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def cancel(self, job_id: str, *, execution: str = "") -> str:
+        """Cancels a job: `canceled`, `requested` (it is running), or the terminal state it already has.
+
+        Raises:
+            JobNotFound: no such job.
+        """
+        word = str(self._run("cancel", job_id, execution).decode())
+        if word == "unknown":
+            raise JobNotFound(f"no job {job_id}", job_id=job_id)
+        return word
+
+    def snapshot(self, job_id: str) -> JobSnapshot:
+        """The job as it stands.
+
+        Raises:
+            JobNotFound: no such job, or its tombstone is gone too.
+        """
+        return self.snapshots([job_id])[0]
+
+    def snapshots(self, job_ids: Sequence[str]) -> list[JobSnapshot]:
+        """Several jobs, in one round trip.
+
+        Raises:
+            JobNotFound: one of them does not exist.
+        """
+        with (
+            broker_errors(self.connections.url),
+            self.connections.commands.pipeline(transaction=False) as pipe,
+        ):
+            for job_id in job_ids:
+                pipe.hgetall(keys.job(job_id))
+                pipe.lrange(keys.attempts(job_id), 0, -1)
+            pipe.time()
+            *answers, (seconds, _) = pipe.execute()
+        now_ms = int(seconds) * 1000
+        records = [_decode(raw) for raw in answers[::2]]
+        for job_id, record in zip(job_ids, records, strict=True):
+            if "state" not in record:
+                raise JobNotFound(f"no job {job_id}: the id is wrong, or its tombstone is gone too", job_id=job_id)
+        served = self.served({record["vae"] for record in records})
+        return [
+            _snapshot(job_id, record, errors, served=record["vae"] in served, now_ms=now_ms)
+            for job_id, record, errors in zip(job_ids, records, answers[1::2], strict=True)
+        ]
+
+    def served(self, vaes: Iterable[str]) -> set[str]:
+        """Those of `vaes` that a live worker serves."""
+        names = sorted(vaes)
+        now = self.now_ms()
+        with (
+            broker_errors(self.connections.url),
+            self.connections.commands.pipeline(transaction=False) as pipe,
+        ):
+            for vae in names:
+                pipe.zcount(keys.serving(vae), now, "+inf")
+            counts = pipe.execute()
+        return {vae for vae, count in zip(names, counts, strict=True) if count}
+
+    def retire(self, *job_ids: str, limit: int = 100) -> list[tuple[str, str, str]]:
+        """Ends the retention of these jobs now, or of all that are due.
+
+        Returns `(job_id, store, name)` of each blob outside the broker that nobody owns any more.
+        """
+        flat = [part.decode() for part in self._run("retire", limit, *job_ids)]
+        return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+
+    # Workers --------------------------------------------------------------------------------------------
+
+    def claim(
+        self,
+        *,
+        token: str,
+        worker: str,
+        vaes: Sequence[str],
+        default_mode: Mode = Mode.EXACT,
+        max_jobs: int = 1,
+        max_px: int = 0,
+    ) -> list[Claim]:
+        """Takes the next job of these VAEs and, in mode `fast`, up to `max_jobs - 1` behind it in its bucket.
+
+        The same token gets the same answer. `max_px` bounds the pixels of the jobs taken along.
+        """
+        settings = self._settings
+        deadline = rq_format.exc_string(str(StartDeadlinePassed()))
+        rows = self._run(
+            "claim",
+            token,
+            worker,
+            round(settings.lease_s * 1000),
+            max_jobs,
+            max_px,
+            CLAIM_WINDOW,
+            round(settings.ageing_s * 1000),
+            SCHEMA_VERSION,
+            deadline,
+            default_mode,
+            *vaes,
+        )
+        return [
+            Claim(job_id.decode(), token, message, data, int(attempt), int(crashes))
+            for job_id, message, data, attempt, crashes in rows
+        ]
+
+    def renew(self, worker: str, renewals: Sequence[Renewal]) -> list[str]:
+        """Renews leases; one of renewed, adopted, cancel, lost for each."""
+        if not renewals:
+            return []
+        args: list[str | int] = []
+        for item in renewals:
+            args += [item.job_id, item.execution, item.stage, item.done, item.total]
+        words = self._run("renew", worker, round(self._settings.lease_s * 1000), *args)
+        return [word.decode() for word in words]
+
+    def complete(self, claim: Claim, result: DecodeResult) -> Outcome:
+        """Stores success, once. The artifacts must be in their store already."""
+        names = [item.blob.name for item in result.artifacts]
+        in_redis = [item.blob.name for item in result.artifacts if item.blob.store == REDIS_STORE]
+        word = self._run(
+            "complete",
+            claim.job_id,
+            claim.execution,
+            result.to_wire(),
+            rq_format.return_value(names),
+            json.dumps(in_redis) if in_redis else "[]",
+        )
+        return Outcome(word.decode())
+
+    def fail(self, claim: Claim, error: Mapping[str, Any], *, retryable: bool, traceback: str) -> Outcome:
+        """Records an attempt's error; queues the job again while attempts are left, else ends it."""
+        word = self._run(
+            "fail",
+            claim.job_id,
+            claim.execution,
+            json.dumps(error),
+            int(retryable),
+            rq_format.exc_string(traceback),
+            self._settings.max_errors,
+        )
+        return Outcome(word.decode())
+
+    def serve(self, worker: str, vaes: Sequence[str], *, ttl_s: float, report: Mapping[str, Any]) -> None:
+        """Says that a worker lives and serves `vaes` for the next `ttl_s`; 0: it leaves."""
+        self._run("serve", worker, round(ttl_s * 1000), json.dumps(report), *vaes)
+
+    def wait_for_work(self, vaes: Sequence[str], *, timeout_s: float) -> bool:
+        """Blocks until a doorbell of one of `vaes` rings, or for `timeout_s`. Returns whether it rang."""
+        with broker_errors(self.connections.url):
+            rung = self.connections.blocking.blpop([keys.bell(vae) for vae in vaes], timeout=timeout_s)
+        return rung is not None
+
+    def release(self, claims: Sequence[Claim]) -> int:
+        """Hands claimed jobs back, unmarked and first in line. Returns how many went back."""
+        if not claims:
+            return 0
+        return int(self._run("release", *(part for item in claims for part in (item.job_id, item.execution))))
+
+
+def _queue_full(reason: str, request: DecodeRequest, settings: Settings) -> QueueFull:
+    limit = {
+        "jobs": f"{settings.max_pending_jobs} jobs are pending (LATENTQ_MAX_PENDING_JOBS)",
+        "latents": f"pending latents fill {settings.max_pending_bytes} bytes (LATENTQ_MAX_PENDING_BYTES)",
+        "memory": f"stored and expected bytes fill {settings.memory_watermark:.0%} of the broker's maxmemory",
+    }[reason]
+    return QueueFull(
+        f"the queue is full: {limit}; nothing was stored, submit job {request.job_id} again later",
+        retry_after_s=5.0,
+        job_id=request.job_id,
+    )
+
+
+def _decode(raw: Mapping[bytes, bytes]) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in raw.items()}
+
+
+def _snapshot(
+    job_id: str, record: Mapping[str, str], errors: Sequence[bytes], *, served: bool, now_ms: int
+) -> JobSnapshot:
+    def number(name: str) -> int:
+        return int(record.get(name) or 0)
+
+    status = JobStatus(record["state"])
+    if status.is_terminal and 0 < number("expires_ms") < now_ms:
+        status = JobStatus.EXPIRED  # due, though the janitor has not come by yet
+    message, result = record.get("message"), record.get("result")
+    return JobSnapshot(
+        job_id=job_id,
+        status=status,
+        vae=record["vae"],
+        request=DecodeRequest.from_wire(message) if message else None,
+        result=DecodeResult.from_wire(result) if result and status is JobStatus.SUCCEEDED else None,
+        errors=tuple(json.loads(error) for error in errors),
+        attempts=number("attempts"),
+        error_count=number("errors"),
+        crash_count=number("crashes"),
+        submitted_ms=number("submitted_ms"),
+        started_ms=number("started_ms"),
+        ended_ms=number("ended_ms"),
+        expires_ms=number("expires_ms"),
+        progress_done=number("done"),
+        progress_total=number("total"),
+        worker=record.get("worker") or None,
+        cancel_requested=record.get("cancel") == "1",
+        served=served,
+    )

@@ -1,0 +1,114 @@
+"""Every Redis key and its lifetime. No key literal stands anywhere else (the Lua scripts get the prefixes).
+
+Schema (`latentq:` is our prefix, `rq:` RQ's own, which `RQ_KEY_PREFIX` may change)::
+
+    key                       type    what                                   lifetime
+    latentq:job:<id>          hash    the job's record                       none while live; then retention + tombstone
+    latentq:attempts:<id>     list    one JSON per attempt that ended badly  as the record
+    latentq:blob:<name>       string  latents or an artifact                 provisional TTL → none while owned by a
+                                                                             live job → the last owner's retention
+    latentq:owners:<name>     zset    job id → ms until which it needs       as the blob
+                                      the blob (inf: while it lives)
+    latentq:leases            zset    job id → end of its lease, ms          member goes when the job leaves processing
+    latentq:retention         zset    job id → end of its retention, ms      member goes when the janitor retires it
+    latentq:parked            zset    job id → schema_version it needs       member goes when a newer worker takes it
+    latentq:totals            hash    live jobs: count, latents and          owned by the scripts; three fields
+                                      reserved bytes
+    latentq:claim:<worker>    hash    token and answer of its last claim     1 h
+    latentq:bell:<vae>        list    wakes idle workers; holds no ids       1 h, trimmed to 64
+    latentq:serving:<vae>     zset    worker → ms until which it serves      member expires by score; 1 h
+    latentq:worker:<name>     hash    what a live worker reports             a few leases
+    latentq:paused            set     VAEs whose queues nobody claims from   owned by `latentq pause`/`resume`
+    latentq:reaper            hash    who reaps, since when, grace           1 h
+
+Times are milliseconds by the broker's own clock (`TIME`); no host's clock decides anything.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from rq.defaults import RQ_KEY_PREFIX
+
+PREFIX = "latentq:"
+RQ_PREFIX = RQ_KEY_PREFIX + ":"
+
+#: RQ queues are named `latentq.<vae>.<priority>`, so a KEDA scaler sees `rq:queue:latentq.sdxl.normal`.
+QUEUE_PREFIX = "latentq."
+
+
+class Priority(StrEnum):
+    """Priorities, most urgent first."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+LEASES = PREFIX + "leases"
+RETENTION = PREFIX + "retention"
+PARKED = PREFIX + "parked"
+TOTALS = PREFIX + "totals"
+PAUSED = PREFIX + "paused"
+REAPER = PREFIX + "reaper"
+RQ_QUEUES = RQ_PREFIX + "queues"
+
+
+def queue_name(vae: str, priority: str) -> str:
+    """RQ's name of the queue that jobs of this VAE and priority wait in."""
+    return f"{QUEUE_PREFIX}{vae}.{priority}"
+
+
+def queue_names(vae: str) -> list[str]:
+    """The queues of one VAE, most urgent first."""
+    return [queue_name(vae, priority) for priority in Priority]
+
+
+def split_queue_name(name: str) -> tuple[str, str]:
+    """VAE and priority of a queue name made by `queue_name`."""
+    vae, _, priority = name.removeprefix(QUEUE_PREFIX).rpartition(".")
+    return vae, priority
+
+
+def job(job_id: str) -> str:
+    return f"{PREFIX}job:{job_id}"
+
+
+def attempts(job_id: str) -> str:
+    return f"{PREFIX}attempts:{job_id}"
+
+
+def blob(name: str) -> str:
+    return f"{PREFIX}blob:{name}"
+
+
+def owners(name: str) -> str:
+    return f"{PREFIX}owners:{name}"
+
+
+def claim_memo(worker: str) -> str:
+    return f"{PREFIX}claim:{worker}"
+
+
+def bell(vae: str) -> str:
+    return f"{PREFIX}bell:{vae}"
+
+
+def serving(vae: str) -> str:
+    return f"{PREFIX}serving:{vae}"
+
+
+def worker(name: str) -> str:
+    return f"{PREFIX}worker:{name}"
+
+
+def rq_queue(name: str) -> str:
+    return f"{RQ_PREFIX}queue:{name}"
+
+
+def rq_job(job_id: str) -> str:
+    return f"{RQ_PREFIX}job:{job_id}"
+
+
+def rq_results(job_id: str) -> str:
+    return f"{RQ_PREFIX}results:{job_id}"

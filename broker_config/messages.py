@@ -1,0 +1,289 @@
+"""What travels: the decode request, the result record, and the states of a job.
+
+Messages are JSON with a `schema_version`. A worker that meets a newer version parks the job for a newer
+worker (it never fails it); a field a reader does not know is ignored, a field it misses takes its default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final, Self
+
+from broker_config.errors import InvalidOption, UnsupportedMessage
+from broker_config.keys import Priority
+
+SCHEMA_VERSION: Final = 1
+JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+#: The one function jobs name. Workers look it up in an allow-list; RQ never imports it.
+DECODE_FUNCTION: Final = "worker.handlers.decode"
+
+
+class JobStatus(StrEnum):
+    """Where a job is."""
+
+    #: Accepted; waits for a worker (for the first time, or again).
+    QUEUED = "queued"
+    #: A worker holds its lease.
+    PROCESSING = "processing"
+    #: Its artifacts are stored.
+    SUCCEEDED = "succeeded"
+    #: Every attempt it was allowed ended with an error; its latents are retained.
+    FAILED = "failed"
+    #: Someone canceled it before it finished.
+    CANCELED = "canceled"
+    #: Its retention ended: latents and artifacts are gone, the id is remembered.
+    EXPIRED = "expired"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the job has ended (each end is announced once)."""
+        return self not in (JobStatus.QUEUED, JobStatus.PROCESSING)
+
+
+#: Which state follows which, and by whose doing. Tested against the drawing in docs/states.md.
+TRANSITIONS: Final[Mapping[JobStatus, frozenset[JobStatus]]] = {
+    JobStatus.QUEUED: frozenset({JobStatus.PROCESSING, JobStatus.CANCELED, JobStatus.FAILED, JobStatus.SUCCEEDED}),
+    JobStatus.PROCESSING: frozenset({JobStatus.QUEUED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELED}),
+    JobStatus.SUCCEEDED: frozenset({JobStatus.EXPIRED}),
+    JobStatus.FAILED: frozenset({JobStatus.EXPIRED}),
+    JobStatus.CANCELED: frozenset({JobStatus.EXPIRED}),
+    JobStatus.EXPIRED: frozenset(),
+}
+
+
+class Output(StrEnum):
+    """What a decode is turned into."""
+
+    PNG = "png"
+    JPG = "jpg"
+    WEBP = "webp"
+    MP4 = "mp4"
+    #: The VAE's own output, as safetensors: float (C, H, W) or (C, F, H, W), usually in [-1, 1].
+    TENSOR = "tensor"
+    #: After postprocessing, as safetensors: uint8 (H, W, C) or (F, H, W, C).
+    UINT8 = "uint8"
+
+
+class Mode(StrEnum):
+    """How much may differ from the pipeline's own decode."""
+
+    #: The job is decoded by itself: the same bits as in-process. The CPU's default.
+    EXACT = "exact"
+    #: Jobs of one shape may share a batch, which changes last bits. The GPU's default.
+    FAST = "fast"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlobRef:
+    """Where bytes lie. `name` is opaque: a worker resolves it under its own configured store."""
+
+    #: `redis`, or the id of a configured store.
+    store: str
+    #: Name within the store.
+    name: str
+    #: Hex digest of the bytes, checked at every read.
+    sha256: str
+    #: Length of the blob.
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeRequest:
+    """Everything a worker needs to decode one job."""
+
+    #: Chosen by the client before the first try; `[A-Za-z0-9_-]{1,64}`.
+    job_id: str
+    #: Name in the catalogue.
+    vae: str
+    #: How the latents are laid out (`LatentLayout`).
+    layout: str
+    #: The latents, as a safetensors file with one tensor.
+    latents: BlobRef
+    #: Shape of the latents.
+    shape: tuple[int, ...]
+    #: float16, bfloat16 or float32.
+    dtype: str
+    #: Height of the decoded picture in pixels.
+    height: int
+    #: Width of the decoded picture in pixels.
+    width: int
+    #: Pictures or clips in the job.
+    batch: int
+    #: Frames of each clip; 1 for pictures.
+    num_frames: int
+    #: Frames per second of an mp4.
+    fps: float
+    #: What to make.
+    output: Output
+    #: None: the worker's default.
+    mode: Mode | None = None
+    #: Which queue.
+    priority: Priority = Priority.NORMAL
+    #: Longest time one attempt may take.
+    timeout_s: float = 60.0
+    #: Longest wait before the first attempt; None: any.
+    start_within_s: float | None = None
+    #: How long latents and artifacts stay after the end.
+    retention_s: float = 86_400.0
+    #: Overrides the VAE's config; None: the config's.
+    scaling_factor: float | None = None
+    #: Overrides the VAE's config; None: the config's.
+    shift_factor: float | None = None
+    #: The caller's own facts (prompt, seed …), written into the artifacts.
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    #: Whether artifacts carry our provenance record.
+    provenance: bool = True
+    #: The job whose latents these are, when decoded again.
+    source_job_id: str | None = None
+    #: Version of this message.
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of everything the job decodes to."""
+        return self.height * self.width * self.num_frames * self.batch
+
+    @property
+    def bucket(self) -> str:
+        """Jobs with one bucket may share a batch: same VAE, layout, latent shape, dtype and kind of output."""
+        shape = "x".join(str(size) for size in self.shape[1:])
+        kind = self.output if self.output in (Output.TENSOR, Output.MP4) else "pixels"
+        scale = f"{self.scaling_factor}/{self.shift_factor}"
+        mode = self.mode or "default"
+        return f"{self.vae}|{self.layout}|{shape}|{self.height}x{self.width}|{self.dtype}|{kind}|{scale}|{mode}"
+
+    @property
+    def payload_hash(self) -> str:
+        """Digest of everything that makes this request what it is: equal for a replay, different otherwise."""
+        return hashlib.sha256(self.to_wire()).hexdigest()
+
+    def to_wire(self) -> bytes:
+        """Canonical JSON: sorted keys, no spaces, defaults left out."""
+        wire: dict[str, Any] = {}
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if spec.name == "latents":
+                value = dataclasses.asdict(value)
+            elif isinstance(value, tuple | Mapping):
+                value = list(value) if isinstance(value, tuple) else dict(value)
+            if value not in (None, {}):
+                wire[spec.name] = value
+        return json.dumps(wire, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+    @classmethod
+    def from_wire(cls, data: bytes | str) -> Self:
+        """The request in `data`.
+
+        Raises:
+            UnsupportedMessage: not JSON, a newer `schema_version`, or a field that is missing or of a wrong type.
+        """
+        try:
+            wire = json.loads(data)
+            version = wire.get("schema_version")
+            if not isinstance(version, int) or version > SCHEMA_VERSION:
+                raise UnsupportedMessage(
+                    f"schema_version is {version}, this process knows up to {SCHEMA_VERSION}: upgrade it"
+                )
+            known = {spec.name for spec in dataclasses.fields(cls)}
+            wire = {key: value for key, value in wire.items() if key in known}
+            wire["latents"] = BlobRef(**wire["latents"])
+            wire["shape"] = tuple(int(size) for size in wire["shape"])
+            wire["output"] = Output(wire["output"])
+            wire["priority"] = Priority(wire.get("priority", Priority.NORMAL))
+            if "mode" in wire:
+                wire["mode"] = Mode(wire["mode"])
+            return cls(**wire)
+        except UnsupportedMessage:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UnsupportedMessage(f"the job's message cannot be read: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """One encoded image, video or tensor."""
+
+    #: Its bytes.
+    blob: BlobRef
+    #: MIME type.
+    content_type: str
+    #: File extension without dot.
+    extension: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeResult:
+    """What a finished job points to, and how it came about."""
+
+    #: One artifact for each item of the batch.
+    artifacts: tuple[Artifact, ...]
+    #: Seconds: wait, fetch, decode, encode, store.
+    timings_s: Mapping[str, float]
+    #: Facts of the decode: vae, weights, dtype, device, mode, batch shared, tiling.
+    decoded_by: Mapping[str, Any]
+
+    def to_wire(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_wire(cls, data: bytes | str) -> Self:
+        wire = json.loads(data)
+        artifacts = tuple(
+            Artifact(blob=BlobRef(**item["blob"]), content_type=item["content_type"], extension=item["extension"])
+            for item in wire["artifacts"]
+        )
+        return cls(artifacts=artifacts, timings_s=wire["timings_s"], decoded_by=wire["decoded_by"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobSnapshot:
+    """A job as it stood at one moment."""
+
+    job_id: str
+    status: JobStatus
+    vae: str
+    #: None once the job is a tombstone.
+    request: DecodeRequest | None
+    #: None unless succeeded.
+    result: DecodeResult | None
+    #: Error of each attempt that ended badly, oldest first: `{code, message, attempt, worker, …}`.
+    errors: tuple[Mapping[str, Any], ...]
+    #: How often it was claimed, ended with an error, ended with a dead process.
+    attempts: int
+    error_count: int
+    crash_count: int
+    #: Milliseconds since the epoch by the broker's clock; 0: not yet.
+    submitted_ms: int
+    started_ms: int
+    ended_ms: int
+    expires_ms: int
+    #: Units done and in all (frames, or pictures), where known.
+    progress_done: int
+    progress_total: int
+    #: The worker of the last attempt.
+    worker: str | None
+    #: Whether a cancel was asked for and has not happened yet.
+    cancel_requested: bool
+    #: False when no live worker serves this VAE (then it waits for one).
+    served: bool
+
+
+def check_job_id(job_id: str) -> str:
+    """`job_id`, if it is one.
+
+    Raises:
+        InvalidOption: other characters than `A-Z a-z 0-9 _ -`, or not 1 to 64 of them.
+    """
+    if not JOB_ID.fullmatch(job_id):
+        raise InvalidOption(
+            f"job_id {job_id[:80]!r} is not 1 to 64 characters of A-Z a-z 0-9 _ -: choose another",
+            field="job_id",
+        )
+    return job_id

@@ -1,0 +1,115 @@
+-- Takes the head of a queue and, when allowed, the jobs behind it in the same bucket.
+-- ARGV: token, worker, lease_ms, max_jobs, max_px, window, ageing_ms, schema_version, deadline_exc,
+--   default mode, then for each VAE: its name. Queues of a VAE are tried high, normal, low.
+-- The token makes it safe to send again: the same token gets the same answer.
+-- Returns {{id, message, rq_data, attempt, crashes}, …}
+local token, worker, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local max_jobs, max_px, window = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local ageing_ms, schema, deadline_exc = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
+local memo = P .. 'claim:' .. worker
+local now = now_ms()
+
+local function answer(ids)
+  local out = {}
+  for _, id in ipairs(ids) do
+    local rec = record(id)
+    if rec and rec.execution == token and rec.state == 'processing' then
+      out[#out + 1] = { id, rec.message, call('HGET', RQ .. 'job:' .. id, 'data') or '', rec.attempts or '1',
+        rec.crashes or '0' }
+    end
+  end
+  return out
+end
+
+local last = call('HMGET', memo, 'token', 'ids')
+if last[1] == token then return answer(cjson.decode(last[2])) end
+if call('EXISTS', RQ .. 'suspended') == 1 then return {} end
+
+-- The first id of a queue that may run. Takes off what may not: ids whose job is not queued (a duplicate, a
+-- job someone ended), jobs whose start deadline passed, jobs that need a newer worker.
+local function head_of(queue)
+  local key = RQ .. 'queue:' .. queue
+  while true do
+    local id = call('LINDEX', key, 0)
+    if not id then return nil end
+    local rec = record(id)
+    local status = call('HGET', RQ .. 'job:' .. id, 'status')
+    if not rec or rec.state ~= 'queued' or status ~= 'queued' then
+      call('LPOP', key)
+    elseif tonumber(rec.schema) > schema then
+      call('LPOP', key)
+      call('ZADD', P .. 'parked', rec.schema, id)
+    elseif rec.deadline_ms and tonumber(rec.deadline_ms) < now and (rec.attempts or '0') == '0' then
+      call('RPUSH', P .. 'attempts:' .. id, cjson.encode({ code = 'start_deadline_passed', attempt = 0,
+        message = 'no worker started the job within start_within_s', at_ms = now }))
+      call('HINCRBY', P .. 'job:' .. id, 'errors', 1)
+      finish(rec, 'failed', now, 'exc_string', deadline_exc)
+    else
+      return rec
+    end
+  end
+end
+
+local best, best_rank
+for i = 11, #ARGV do
+  local vae = ARGV[i]
+  if call('SISMEMBER', P .. 'paused', vae) == 0 then
+    for rank, priority in ipairs({ 'high', 'normal', 'low' }) do
+      local rec = head_of('latentq.' .. vae .. '.' .. priority)
+      if rec then
+        local effective = now - tonumber(rec.submitted_ms) > ageing_ms and 0 or rank
+        if not best or effective < best_rank
+          or (effective == best_rank and tonumber(rec.submitted_ms) < tonumber(best.submitted_ms)) then
+          best, best_rank = rec, effective
+        end
+      end
+    end
+  end
+end
+if not best then return {} end
+
+local chosen, px = { best }, tonumber(best.px)
+-- A job that was on the device when a process died runs alone, so that it can kill nobody else's attempt.
+local mode = best.mode ~= '' and best.mode or ARGV[10]
+if mode == 'fast' and max_jobs > 1 and (best.crashes or '0') == '0' then
+  for _, id in ipairs(call('LRANGE', RQ .. 'queue:' .. best.rq_queue, 1, window)) do
+    if #chosen >= max_jobs then break end
+    local rec = record(id)
+    if rec and rec.state == 'queued' and rec.bucket == best.bucket and (rec.crashes or '0') == '0'
+      and px + tonumber(rec.px) <= max_px
+      and call('HGET', RQ .. 'job:' .. id, 'status') == 'queued' then
+      local twice = false
+      for _, other in ipairs(chosen) do twice = twice or other.id == id end
+      if not twice then
+        chosen[#chosen + 1] = rec
+        px = px + tonumber(rec.px)
+      end
+    end
+  end
+end
+
+local ids, at, stamp = {}, string.format('%.3f', now / 1000), utc(now)
+for _, rec in ipairs(chosen) do
+  local id, queue = rec.id, rec.rq_queue
+  ids[#ids + 1] = id
+  call('LREM', RQ .. 'queue:' .. queue, 1, id)
+  call('HSET', P .. 'job:' .. id, 'state', 'processing', 'execution', token, 'worker', worker,
+    'started_ms', int(now), 'stage', 'claimed')
+  call('HINCRBY', P .. 'job:' .. id, 'attempts', 1)
+  call('ZADD', LEASES, int(now + lease_ms), id)
+  call('HSET', RQ .. 'job:' .. id, 'status', 'started', 'started_at', stamp, 'last_heartbeat', stamp,
+    'worker_name', worker)
+  call('PERSIST', RQ .. 'job:' .. id)
+  -- Never expires by score: RQ's own sweep judges by the clock of whichever host runs it.
+  call('ZADD', RQ .. 'wip:' .. queue, '+inf', id .. ':' .. token)
+  call('HSET', RQ .. 'execution:' .. id .. ':' .. token, 'id', token, 'job_id', id, 'created_at', at,
+    'last_heartbeat', at, 'worker_name', worker)
+  call('PEXPIRE', RQ .. 'execution:' .. id .. ':' .. token, int(lease_ms * 4))
+  call('ZADD', RQ .. 'executions:' .. id, '+inf', token)
+  call('PEXPIRE', RQ .. 'executions:' .. id, int(lease_ms * 4))
+  call('SADD', RQ .. 'worker:' .. worker .. ':executions', id .. ':' .. token)
+end
+call('PEXPIRE', RQ .. 'worker:' .. worker .. ':executions', int(lease_ms * 4))
+call('HSET', memo, 'token', token, 'ids', cjson.encode(ids))
+call('EXPIRE', memo, 3600)
+return answer(ids)

@@ -1,0 +1,16 @@
+-- Stores success, once. ARGV: id, execution, result (JSON), rq return_value, artifact names in Redis (JSON).
+-- Returns 'completed' | 'already' (this execution did it before: a replay) | 'lost' (another attempt has the
+-- job, or it ended otherwise) | 'artifact_missing' (store the bytes again, then call again).
+local id, execution = ARGV[1], ARGV[2]
+local rec = record(id)
+local word = fence(rec, execution)
+if word == 'ended' and rec.state == 'succeeded' then return 'already' end
+if word ~= 'mine' then return 'lost' end
+local now = now_ms()
+local names = cjson.decode(ARGV[5])
+for _, name in ipairs(names) do
+  if call('EXISTS', P .. 'blob:' .. name) == 0 then return 'artifact_missing' end
+end
+for _, name in ipairs(names) do own(name, id, int(now + tonumber(rec.retention_ms))) end
+finish(rec, 'succeeded', now, 'return_value', ARGV[4], ARGV[3])
+return 'completed'

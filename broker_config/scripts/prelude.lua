@@ -1,0 +1,145 @@
+-- Shared by every script. `{{prefix}}` and `{{rq}}` are filled in when the scripts are loaded.
+-- The record (latentq:job:<id>) and RQ's hash (rq:job:<id>) always change in the same script, so there is
+-- no moment at which one of them is ahead. Times are ms by the broker's clock.
+local P, RQ = '{{prefix}}', '{{rq}}'
+local TOTALS, LEASES, RETENTION = P .. 'totals', P .. 'leases', P .. 'retention'
+
+local function call(...) return redis.call(...) end
+
+-- Lua would write 1.7954e+12; Redis must get every digit.
+local function int(n) return string.format('%.0f', n) end
+
+local function now_ms()
+  local t = call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+-- ISO-8601 as RQ's utcformat writes it. Days to date: Howard Hinnant, "chrono-Compatible Low-Level Date
+-- Algorithms", civil_from_days.
+local function utc(ms)
+  local s = math.floor(ms / 1000)
+  local r = s % 86400
+  local z = (s - r) / 86400 + 719468
+  local era = math.floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local day = doy - math.floor((153 * mp + 2) / 5) + 1
+  local month = mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%03d000Z', year, month, day,
+    math.floor(r / 3600), math.floor(r % 3600 / 60), r % 60, ms % 1000)
+end
+
+local function record(id)
+  local flat, rec = call('HGETALL', P .. 'job:' .. id), {}
+  for i = 1, #flat, 2 do rec[flat[i]] = flat[i + 1] end
+  rec.id = id
+  return rec.state and rec or nil
+end
+
+-- Says until when `id` needs blob `name` (nil: no longer), and lets the blob live exactly that long.
+local function own(name, id, until_ms)
+  local key, blob = P .. 'owners:' .. name, P .. 'blob:' .. name
+  if until_ms then call('ZADD', key, until_ms, id) else call('ZREM', key, id) end
+  local last = call('ZREVRANGE', key, 0, 0, 'WITHSCORES')
+  if #last == 0 then
+    call('UNLINK', key, blob)
+  elseif last[2] == 'inf' then
+    call('PERSIST', key)
+    call('PERSIST', blob)
+  else
+    local ttl = math.max(1, tonumber(last[2]) - now_ms())
+    call('PEXPIRE', key, int(ttl))
+    call('PEXPIRE', blob, int(ttl))
+  end
+end
+
+local function ring(vae)
+  local bell = P .. 'bell:' .. vae
+  call('LPUSH', bell, '1')
+  call('LTRIM', bell, 0, 63)
+  call('EXPIRE', bell, 3600)
+end
+
+-- Takes an attempt off every list that says it runs.
+local function drop_execution(rec)
+  call('ZREM', LEASES, rec.id)
+  local execution = rec.execution
+  if not execution or execution == '' then return end
+  call('ZREM', RQ .. 'wip:' .. rec.rq_queue, rec.id .. ':' .. execution)
+  call('DEL', RQ .. 'execution:' .. rec.id .. ':' .. execution)
+  call('ZREM', RQ .. 'executions:' .. rec.id, execution)
+  if rec.worker and rec.worker ~= '' then
+    call('SREM', RQ .. 'worker:' .. rec.worker .. ':executions', rec.id .. ':' .. execution)
+  end
+end
+
+-- queued: the id goes back into its queue (`side`: LPUSH = next, RPUSH = last). `execution`: the attempt that
+-- may still take the job up again (it was cut off, not given up); '' for none.
+local function requeue(rec, side, now, execution)
+  drop_execution(rec)
+  call('HSET', P .. 'job:' .. rec.id, 'state', 'queued', 'queued_ms', int(now), 'stage', '', 'execution', execution)
+  call('HSET', RQ .. 'job:' .. rec.id, 'status', 'queued')
+  call(side, RQ .. 'queue:' .. rec.rq_queue, rec.id)
+  ring(rec.vae)
+end
+
+local RQ_STATUS = { succeeded = 'finished', failed = 'failed', canceled = 'canceled' }
+local RQ_RESULT = { succeeded = '1', failed = '2', canceled = '3' }
+
+-- A terminal state, once: record, RQ's hash, registry and result stream (whose entry wakes every waiter),
+-- ownership, totals. `rq_field`, `rq_value`: what RQ's Result holds (return_value or exc_string).
+local function finish(rec, state, now, rq_field, rq_value, result)
+  local id, job, rq_job = rec.id, P .. 'job:' .. rec.id, RQ .. 'job:' .. rec.id
+  local retention = tonumber(rec.retention_ms)
+  local ends = now + retention
+  if rec.state == 'queued' then call('LREM', RQ .. 'queue:' .. rec.rq_queue, 1, id) end
+  drop_execution(rec)
+
+  call('HSET', job, 'state', state, 'ended_ms', int(now), 'expires_ms', int(ends), 'stage', '', 'cancel', '')
+  if result then call('HSET', job, 'result', result) end
+  call('PEXPIRE', job, int(retention + tonumber(rec.tombstone_ms)))
+  call('PEXPIRE', P .. 'attempts:' .. id, int(retention + tonumber(rec.tombstone_ms)))
+  call('ZADD', RETENTION, int(ends), id)
+  own(rec.blob, id, int(ends))
+  call('HINCRBY', TOTALS, 'jobs', -1)
+  call('HINCRBY', TOTALS, 'latents_bytes', -tonumber(rec.latents_bytes))
+  call('HINCRBY', TOTALS, 'reserved_bytes', -tonumber(rec.reserved_bytes))
+
+  local queue = rec.rq_queue
+  call('HSET', rq_job, 'status', RQ_STATUS[state], 'ended_at', utc(now), 'last_heartbeat', utc(now))
+  call('PEXPIRE', rq_job, int(retention))
+  local score = state == 'canceled' and int(now / 1000) or int(ends / 1000)
+  call('ZADD', RQ .. RQ_STATUS[state] .. ':' .. queue, score, id)
+  local entry = { 'type', RQ_RESULT[state], 'worker_name', rec.worker or '' }
+  if rq_value then
+    entry[#entry + 1] = rq_field
+    entry[#entry + 1] = rq_value
+  end
+  if rec.execution and rec.execution ~= '' then
+    for _, item in ipairs({ 'execution_id', rec.execution,
+      'execution_started_at', string.format('%.3f', (tonumber(rec.started_ms) or now) / 1000),
+      'execution_ended_at', string.format('%.3f', now / 1000) }) do entry[#entry + 1] = item end
+  end
+  call('XADD', RQ .. 'results:' .. id, 'MAXLEN', '10', '*', unpack(entry))
+  call('PEXPIRE', RQ .. 'results:' .. id, int(retention))
+
+  if rec.worker and rec.worker ~= '' and call('EXISTS', RQ .. 'worker:' .. rec.worker) == 1 then
+    if state == 'succeeded' then call('HINCRBY', RQ .. 'worker:' .. rec.worker, 'successful_job_count', 1) end
+    if state == 'failed' then call('HINCRBY', RQ .. 'worker:' .. rec.worker, 'failed_job_count', 1) end
+    if rec.started_ms and rec.started_ms ~= '0' then
+      call('HINCRBYFLOAT', RQ .. 'worker:' .. rec.worker, 'total_working_time',
+        string.format('%.3f', (now - tonumber(rec.started_ms)) / 1000))
+    end
+  end
+end
+
+-- The fence. 'mine': this execution runs, or went back to the queue and nobody claimed it since.
+local function fence(rec, execution)
+  if not rec then return 'unknown' end
+  if rec.execution ~= execution then return 'lost' end
+  if rec.state == 'processing' or rec.state == 'queued' then return 'mine' end
+  return 'ended'
+end

@@ -1,0 +1,42 @@
+-- Returns jobs whose lease ended. ARGV: janitor, run_id of the broker, lease_ms, quiet_ms, max_crashes,
+-- crash exc_string, limit. Nothing expires for one lease length after the broker restarted or after nobody
+-- reaped for `quiet_ms`: then the silence may have been ours, not the worker's.
+-- Returns {'grace', ms left} | {'reaped', id, what, …} with what = requeued | crashed | failed.
+local janitor, run_id, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local quiet_ms, max_crashes, crash_exc = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+local now, key = now_ms(), P .. 'reaper'
+local seen = call('HMGET', key, 'run_id', 'at_ms', 'grace_ms')
+local grace = tonumber(seen[3]) or 0
+if seen[1] ~= run_id or now - (tonumber(seen[2]) or 0) > quiet_ms then grace = now + lease_ms end
+call('HSET', key, 'run_id', run_id, 'at_ms', int(now), 'grace_ms', int(grace), 'janitor', janitor)
+call('EXPIRE', key, 3600)
+if now < grace then return { 'grace', int(grace - now) } end
+
+local out = { 'reaped' }
+for _, id in ipairs(call('ZRANGEBYSCORE', LEASES, '-inf', int(now), 'LIMIT', 0, tonumber(ARGV[7]))) do
+  local rec = record(id)
+  if not rec or rec.state ~= 'processing' then
+    call('ZREM', LEASES, id)
+  else
+    local what = 'requeued'
+    if rec.stage == 'device' then
+      local crashes = call('HINCRBY', P .. 'job:' .. id, 'crashes', 1)
+      what = 'crashed'
+      call('RPUSH', P .. 'attempts:' .. id, cjson.encode({ code = 'worker_crashed', worker = rec.worker,
+        attempt = tonumber(rec.attempts), at_ms = now,
+        message = 'the worker fell silent while this job was on its device' }))
+      if crashes >= max_crashes then what = 'failed' end
+    end
+    if what == 'failed' then
+      finish(rec, 'failed', now, 'exc_string', crash_exc)
+    elseif rec.cancel == '1' then
+      what = 'canceled'
+      finish(rec, 'canceled', now)
+    else
+      requeue(rec, 'LPUSH', now, rec.execution)
+    end
+    out[#out + 1] = id
+    out[#out + 1] = what
+  end
+end
+return out

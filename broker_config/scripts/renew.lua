@@ -1,0 +1,34 @@
+-- Renews leases. ARGV: worker, lease_ms, then for each job: id, execution, stage, done, total.
+-- Returns one word for each job: 'renewed' | 'adopted' | 'cancel' | 'lost'.
+-- 'adopted': the lease had ended and the job was queued again, but nobody claimed it: the attempt goes on.
+local worker, lease_ms, now, out = ARGV[1], tonumber(ARGV[2]), now_ms(), {}
+local at = string.format('%.3f', now / 1000)
+for i = 3, #ARGV, 5 do
+  local id, execution, stage, done, total = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
+  local rec = record(id)
+  if fence(rec, execution) ~= 'mine' then
+    out[#out + 1] = 'lost'
+  else
+    local word = 'renewed'
+    if rec.state == 'queued' then
+      word = 'adopted'
+      call('LREM', RQ .. 'queue:' .. rec.rq_queue, 1, id)
+      call('HSET', P .. 'job:' .. id, 'state', 'processing')
+      call('HSET', RQ .. 'job:' .. id, 'status', 'started')
+    end
+    if rec.cancel == '1' then word = 'cancel' end
+    call('HSET', P .. 'job:' .. id, 'stage', stage, 'done', done, 'total', total)
+    call('ZADD', LEASES, int(now + lease_ms), id)
+    call('HSET', RQ .. 'job:' .. id, 'last_heartbeat', utc(now))
+    call('ZADD', RQ .. 'wip:' .. rec.rq_queue, '+inf', id .. ':' .. execution)
+    call('HSET', RQ .. 'execution:' .. id .. ':' .. execution, 'id', execution, 'job_id', id, 'created_at',
+      string.format('%.3f', tonumber(rec.started_ms) / 1000), 'last_heartbeat', at, 'worker_name', worker)
+    call('PEXPIRE', RQ .. 'execution:' .. id .. ':' .. execution, int(lease_ms * 4))
+    call('ZADD', RQ .. 'executions:' .. id, '+inf', execution)
+    call('PEXPIRE', RQ .. 'executions:' .. id, int(lease_ms * 4))
+    call('SADD', RQ .. 'worker:' .. worker .. ':executions', id .. ':' .. execution)
+    call('PEXPIRE', RQ .. 'worker:' .. worker .. ':executions', int(lease_ms * 4))
+    out[#out + 1] = word
+  end
+end
+return out

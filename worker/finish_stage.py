@@ -1,0 +1,190 @@
+"""The third stage: encode what the device made, store it, complete the job."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final
+
+import diffusers
+import numpy as np
+import torch
+
+from broker_config.blob_store import REDIS_STORE
+from broker_config.errors import EncodeFailed, LatentqError
+from broker_config.messages import Artifact, BlobRef, DecodeResult, Output
+from worker.attempts import AttemptReporter
+from worker.image_encoding import Encoded, encode_image
+from worker.latent_io import write_tensor
+from worker.leases import LeaseKeeper
+from worker.stages import (
+    Abandoned,
+    ChunkStream,
+    Failure,
+    Patience,
+    Pixels,
+    StreamClosed,
+    Timer,
+    Work,
+    failure_of,
+)
+from worker.video_encoding import VideoEncoder
+
+logger = logging.getLogger(__name__)
+
+#: Jobs that are completed at a time; encoding itself runs in the encode pool.
+_FINISHERS: Final = 2
+
+
+class FinishStage:
+    """Encodes and completes jobs in the background."""
+
+    def __init__(
+        self, *, reporter: AttemptReporter, leases: LeaseKeeper, patience: Patience, encode_threads: int
+    ) -> None:
+        self._reporter = reporter
+        self._leases = leases
+        self._patience = patience
+        self._finishers = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="finish")
+        self._encoders = ThreadPoolExecutor(encode_threads, thread_name_prefix="encode")
+        #: Jobs that are decoded but not completed; the device waits when it is used up.
+        self._room = threading.Semaphore(_FINISHERS + 2)
+
+    def accept(self, work: Work) -> None:
+        """Takes a job over, whose chunks are about to come. Waits while encoding is behind."""
+        while not self._room.acquire(timeout=0.5):
+            if self._patience.is_given_up:
+                raise Abandoned
+        self._finishers.submit(self._run, work)
+
+    def close(self) -> None:
+        """Waits for what was accepted."""
+        self._finishers.shutdown(wait=True)
+        self._encoders.shutdown(wait=True)
+
+    def _run(self, work: Work) -> None:
+        try:
+            self._finish(work)
+        except StreamClosed:
+            logger.debug("decode of %s gave up", work.claim.job_id, extra={"action": "stream_closed"})
+        except Abandoned:
+            logger.warning("job %s left to its lease", work.claim.job_id, extra={"action": "abandoned"})
+        except Exception as error:
+            work.stream.close()
+            failure = failure_of(error)
+            if not isinstance(error, LatentqError):
+                wrapped = EncodeFailed(f"finishing raised {type(error).__name__}: {error}")
+                failure = Failure(error=wrapped, traceback=failure.traceback)
+            self._report(work, failure)
+        finally:
+            self._room.release()
+
+    def _report(self, work: Work, failure: Failure) -> None:
+        try:
+            self._reporter.fail(work.claim, failure, stage="finish")
+        except Abandoned:
+            logger.warning("job %s left to its lease", work.claim.job_id, extra={"action": "abandoned"})
+
+    def _finish(self, work: Work) -> None:
+        with Timer() as encoding:
+            encoded = self._encode(work)
+        self._leases.enter([work.claim], "finish", limit_s=work.request.timeout_s)
+        if self._reporter.skip(work.claim):
+            return
+        work.timings_s["encode"] = encoding.s
+        with Timer() as storing:
+            artifacts = tuple(_artifact(work, number, item) for number, item in enumerate(encoded))
+            for artifact, item in zip(artifacts, encoded, strict=True):
+                self._reporter.store(artifact, item.data)
+        work.timings_s["store"] = storing.s
+        result = DecodeResult(
+            artifacts=artifacts,
+            timings_s={name: round(value, 6) for name, value in work.timings_s.items()},
+            decoded_by=work.decoded_by,
+        )
+        self._reporter.complete(work.claim, result, [item.data for item in encoded])
+
+    def _encode(self, work: Work) -> list[Encoded]:
+        provenance = provenance_of(work) if work.request.provenance else None
+        output = work.request.output
+        if output is Output.TENSOR:
+            return [_as_file(item) for chunk in work.stream for item in torch.as_tensor(chunk)]
+        if output is Output.MP4:
+            return list(self._encode_clips(work, provenance))
+        if output is Output.UINT8:
+            return _stack_frames(work)
+        futures: list[Future[Encoded]] = []
+        for frame in _frames(work.stream):
+            futures.append(
+                self._encoders.submit(
+                    encode_image,
+                    frame,
+                    output=str(output),
+                    metadata=work.request.metadata,
+                    provenance=provenance,
+                )
+            )
+        return [future.result() for future in futures]
+
+    def _encode_clips(self, work: Work, provenance: Mapping[str, object] | None) -> Iterator[Encoded]:
+        request = work.request
+        frames = _frames(work.stream)
+        for _ in range(request.batch):
+            with VideoEncoder(
+                width=request.width,
+                height=request.height,
+                fps=request.fps,
+                metadata=request.metadata,
+                provenance=provenance,
+            ) as encoder:
+                for _ in range(request.num_frames):
+                    encoder.write(next(frames))
+                yield encoder.finish()
+        for _ in frames:
+            raise EncodeFailed(f"the VAE made more than the {request.num_frames} frames that were expected")
+
+
+def provenance_of(work: Work) -> dict[str, object]:
+    """What an artifact says of how it was made."""
+    request = work.request
+    return {
+        "job_id": request.job_id,
+        "latents_sha256": request.latents.sha256,
+        "layout": request.layout,
+        "latentq": importlib.metadata.version("latentq"),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        **work.decoded_by,
+    }
+
+
+def _frames(stream: ChunkStream) -> Iterator[Pixels]:
+    for chunk in stream:
+        assert isinstance(chunk, np.ndarray)
+        yield from chunk
+
+
+def _stack_frames(work: Work) -> list[Encoded]:
+    """uint8 pixels of each item: (H, W, C) of a picture, (F, H, W, C) of a clip."""
+    frames = [torch.from_numpy(frame) for frame in _frames(work.stream)]
+    per_item = work.request.num_frames
+    items = [torch.stack(frames[start : start + per_item]) for start in range(0, len(frames), per_item)]
+    is_clip = len(work.request.shape) == 5
+    return [_as_file(item if is_clip else item[0]) for item in items]
+
+
+def _as_file(tensor: torch.Tensor) -> Encoded:
+    return Encoded(data=write_tensor(tensor), content_type="application/vnd.safetensors", extension="safetensors")
+
+
+def _artifact(work: Work, number: int, encoded: Encoded) -> Artifact:
+    digest = hashlib.sha256(encoded.data).hexdigest()
+    # Job and attempt are in the name, so a late attempt cannot touch the winner's bytes; the digest makes
+    # storing the same bytes twice harmless.
+    name = f"{work.claim.job_id}.{work.claim.execution[:12]}.{number}.{digest[:12]}"
+    ref = BlobRef(store=REDIS_STORE, name=name, sha256=digest, size_bytes=len(encoded.data))
+    return Artifact(blob=ref, content_type=encoded.content_type, extension=encoded.extension)

@@ -1,0 +1,190 @@
+"""The leases of one worker: which jobs it holds, in which stage, and the thread that renews them.
+
+DESIGN. A lease is renewed while its job is inside the deadline of its stage, so a long decode keeps it and a
+hang loses it. Renewal runs in a thread of its own: it must go on while the device computes. When the broker does
+not answer, renewal is tried again every second; a job whose lease ended meanwhile is taken up again if nobody
+else claimed it (`adopted`), and marked lost otherwise. A job past its stage deadline is no longer renewed and
+`on_hang` is told once: only the end of the process frees a device that hangs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from broker_config.errors import BrokerError
+from broker_config.job_store import Claim, JobStore, Renewal
+
+logger = logging.getLogger(__name__)
+
+#: Pause between tries while the broker does not answer.
+_OUTAGE_RETRY_S: Final = 1.0
+
+
+@dataclass(slots=True)
+class Held:
+    """A job this worker holds."""
+
+    claim: Claim
+    stage: str
+    #: `time.monotonic()` after which the stage counts as hung.
+    deadline: float
+    done: int = 0
+    total: int = 0
+    #: Someone asked to cancel it.
+    cancel: bool = False
+    #: Another attempt has it, or it ended.
+    lost: bool = False
+    hung: bool = False
+
+
+class LeaseKeeper:
+    """Holds and renews the leases of one worker process."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        *,
+        worker: str,
+        renew_s: float,
+        on_hang: Callable[[Claim, str], None],
+        on_beat: Callable[[], None],
+    ) -> None:
+        """Args:
+        store: the broker.
+        worker: this worker's name.
+        renew_s: time between two renewals.
+        on_hang: told once of each job that exceeded its stage's deadline, with the stage.
+        on_beat: called with each renewal, to show that the worker lives; may raise BrokerError.
+        """
+        self._store = store
+        self._worker = worker
+        self._renew_s = renew_s
+        self._on_hang = on_hang
+        self._on_beat = on_beat
+        self._held: dict[str, Held] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
+
+    def start(self) -> None:
+        """Starts renewing."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stops renewing; what is still held stays leased until its lease ends."""
+        self._stop.set()
+        self._thread.join(timeout=30)
+
+    def hold(self, claims: Sequence[Claim], *, limit_s: float) -> None:
+        """Takes freshly claimed jobs in; their first stage may take `limit_s`."""
+        deadline = time.monotonic() + limit_s
+        with self._lock:
+            for claim in claims:
+                self._held[claim.job_id] = Held(claim=claim, stage="claimed", deadline=deadline)
+
+    def enter(self, claims: Iterable[Claim], stage: str, *, limit_s: float) -> None:
+        """Moves jobs to their next stage, which may take `limit_s`; told to the broker with the next renewal."""
+        deadline = time.monotonic() + limit_s
+        with self._lock:
+            for claim in claims:
+                held = self._held.get(claim.job_id)
+                if held is not None and held.claim.execution == claim.execution:
+                    held.stage, held.deadline = stage, deadline
+
+    def tell(self, claims: Sequence[Claim]) -> None:
+        """Tells the broker these jobs' stage now. A broker that is away is told with a later renewal."""
+        with self._lock:
+            held = [self._held[claim.job_id] for claim in claims if claim.job_id in self._held]
+        try:
+            self._renew(held)
+        except BrokerError as error:
+            logger.warning("stage not told: %s", error, extra={"action": "renew_postponed"})
+
+    def progress(self, claim: Claim, *, done: int, total: int) -> None:
+        """Notes how far a job is; told to the broker with the next renewal."""
+        with self._lock:
+            held = self._held.get(claim.job_id)
+            if held is not None:
+                held.done, held.total = done, total
+
+    def drop(self, claim: Claim) -> None:
+        """Forgets a job that ended or was handed back."""
+        with self._lock:
+            held = self._held.get(claim.job_id)
+            if held is not None and held.claim.execution == claim.execution:
+                del self._held[claim.job_id]
+
+    def is_canceled(self, claim: Claim) -> bool:
+        """Whether someone asked to cancel the job."""
+        with self._lock:
+            held = self._held.get(claim.job_id)
+            return held is not None and held.cancel
+
+    def is_lost(self, claim: Claim) -> bool:
+        """Whether the job is no longer ours."""
+        with self._lock:
+            held = self._held.get(claim.job_id)
+            return held is None or held.lost or held.claim.execution != claim.execution
+
+    def mark_canceled(self, job_id: str) -> None:
+        """Notes a cancel that reached this worker by another way (RQ's `stop-job`)."""
+        with self._lock:
+            if job_id in self._held:
+                self._held[job_id].cancel = True
+
+    def held(self) -> list[Claim]:
+        """What this worker holds."""
+        with self._lock:
+            return [item.claim for item in self._held.values()]
+
+    def _run(self) -> None:
+        while True:
+            pause = self._renew_s
+            try:
+                self._on_beat()
+                self._renew(self._in_time())
+            except BrokerError as error:
+                logger.warning("leases not renewed: %s", error, extra={"action": "renew_failed"})
+                pause = min(pause, _OUTAGE_RETRY_S)
+            if self._stop.wait(pause):
+                return
+
+    def _in_time(self) -> list[Held]:
+        now = time.monotonic()
+        with self._lock:
+            late = [item for item in self._held.values() if now > item.deadline and not item.hung]
+            for item in late:
+                item.hung = True
+            in_time = [item for item in self._held.values() if not item.hung and not item.lost]
+        for item in late:
+            self._on_hang(item.claim, item.stage)
+        return in_time
+
+    def _renew(self, held: Sequence[Held]) -> None:
+        words = self._store.renew(
+            self._worker,
+            [
+                Renewal(
+                    job_id=item.claim.job_id,
+                    execution=item.claim.execution,
+                    stage=item.stage,
+                    done=item.done,
+                    total=item.total,
+                )
+                for item in held
+            ],
+        )
+        with self._lock:
+            for item, word in zip(held, words, strict=True):
+                if word == "lost" and self._held.get(item.claim.job_id) is item:
+                    item.lost = True
+                    logger.warning("job %s is no longer ours", item.claim.job_id, extra={"action": "lease_lost"})
+                elif word == "cancel":
+                    item.cancel = True
+                elif word == "adopted":
+                    logger.info("job %s taken up again", item.claim.job_id, extra={"action": "lease_adopted"})

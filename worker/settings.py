@@ -1,0 +1,75 @@
+"""Settings that only a worker needs."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from broker_config.errors import ConfigurationError
+from broker_config.messages import Mode
+
+__all__ = ["WorkerSettings", "load_worker_settings"]
+
+
+def _own_name() -> str:
+    """A name nobody had before: after a SIGKILL, RQ refuses the old one until its hash expires."""
+    host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())[:32]
+    return f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+class WorkerSettings(BaseSettings):
+    """Settings of one worker process."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LATENTQ_WORKER_", env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True
+    )
+
+    name: str = Field(
+        default_factory=_own_name, pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Unique name of the worker."
+    )
+    vaes: tuple[str, ...] = Field((), description="Catalogue entries to serve, as JSON list.")
+    device: str = Field("auto", description="`cuda:0`, `cpu`, …; auto: the first CUDA device, else the CPU.")
+    dtype: str | None = Field(
+        None,
+        pattern="^(float32|float16|bfloat16)$",
+        description="Overrides the catalogue's dtype, e.g. bfloat16 on a CPU that has it.",
+    )
+    mode: Mode | None = Field(None, description="Default mode of jobs that name none: exact on a CPU, fast on CUDA.")
+    threads: int | None = Field(None, gt=0, description="torch threads on a CPU; unset: torch's own choice.")
+    encode_threads: int = Field(
+        default_factory=lambda: min(4, os.cpu_count() or 1), gt=0, description="Threads that encode images."
+    )
+    max_batch_jobs: int = Field(16, gt=0, description="Jobs in one batch in mode fast.")
+    max_batch_px: int = Field(
+        1_048_576,
+        gt=0,
+        description="Decoded pixels of one batch in mode fast. Decode is compute-bound from 512² up: a larger "
+        "budget gains nothing.",
+    )
+    pool_bytes: int | None = Field(None, gt=0, description="Memory for loaded VAEs; unset: all of them stay loaded.")
+    grace_s: float = Field(90.0, gt=0, description="Time to finish what the device holds after SIGTERM.")
+
+    @field_validator("vaes", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def load_worker_settings(**overrides: object) -> WorkerSettings:
+    """Settings from the environment, with `overrides` on top.
+
+    Raises:
+        ConfigurationError: a value is not allowed; the message names each variable.
+    """
+    try:
+        return WorkerSettings(**{key: value for key, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"LATENTQ_WORKER_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
+            for item in error.errors(include_input=False, include_url=False)
+        )
+        raise ConfigurationError(f"worker settings are not usable: {wrong}") from None
