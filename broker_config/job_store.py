@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 from broker_config import keys, rq_format
 from broker_config.blob_store import REDIS_STORE
 from broker_config.connection import Connections, broker_errors
-from broker_config.errors import BlobMissing, JobConflict, JobNotFound, QueueFull, StartDeadlinePassed
+from broker_config.errors import BlobMissing, JobConflict, JobNotFound, QueueFull, StartDeadlinePassed, WorkerCrashed
 from broker_config.messages import SCHEMA_VERSION, DecodeRequest, DecodeResult, JobSnapshot, JobStatus, Mode
 from broker_config.scripts import source
 from broker_config.settings import Settings
@@ -56,6 +56,16 @@ class Claim(NamedTuple):
     #: 1 for the first attempt.
     attempt: int
     crashes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reaped:
+    """What a look at the leases came to."""
+
+    #: Seconds until leases count again; 0: they count.
+    grace_s: float
+    #: Job id → requeued, crashed (queued again, counted), failed or canceled.
+    jobs: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -309,6 +319,55 @@ class JobStore:
             return 0
         return int(self._run("release", *(part for item in claims for part in (item.job_id, item.execution))))
 
+    def unpark(self, *, limit: int = 1000) -> int:
+        """Queues jobs again that were parked because no worker knew their message's version. Returns how many."""
+        return int(self._run("unpark", SCHEMA_VERSION, limit))
+
+    # Janitor --------------------------------------------------------------------------------------------
+
+    def lead(self, janitor: str, *, ttl_s: float) -> bool:
+        """Takes or keeps the lead among janitors for `ttl_s`; 0 steps down. Returns whether it leads."""
+        return bool(self._run("lead", janitor, round(ttl_s * 1000)))
+
+    def reap(self, janitor: str, *, quiet_s: float, limit: int = 200) -> Reaped:
+        """Queues jobs again whose lease ended, unless the broker or every janitor was away until just now.
+
+        Args:
+            janitor: who asks.
+            quiet_s: a longer pause since anyone reaped counts as an outage: nothing expires for one lease length.
+            limit: jobs at a time.
+        """
+        with broker_errors(self.connections.url):
+            run_id = self.connections.commands.info("server")["run_id"]
+        answer = self._run(
+            "reap",
+            janitor,
+            run_id,
+            round(self._settings.lease_s * 1000),
+            round(quiet_s * 1000),
+            self._settings.max_crashes,
+            rq_format.exc_string(str(WorkerCrashed())),
+            limit,
+        )
+        if answer[0] == b"grace":
+            return Reaped(grace_s=int(answer[1]) / 1000, jobs={})
+        words = [part.decode() for part in answer[1:]]
+        return Reaped(grace_s=0.0, jobs=dict(zip(words[::2], words[1::2], strict=True)))
+
+    def audit(self, job_ids: Sequence[str], *, settle_s: float) -> dict[str, str]:
+        """Mends jobs that are on no list, or that someone changed with RQ's own tools. Returns id → what was done."""
+        if not job_ids:
+            return {}
+        words = [part.decode() for part in self._run("audit", round(settle_s * 1000), *job_ids)]
+        return dict(zip(words[::2], words[1::2], strict=True))
+
+    def scan(self, cursor: int, *, count: int) -> tuple[int, list[str]]:
+        """The next job ids of an endless walk over all records: `(cursor, ids)`; cursor 0: the walk is done."""
+        with broker_errors(self.connections.url):
+            cursor, found = self.connections.commands.scan(cursor, match=keys.job("*"), count=count)
+        prefix = len(keys.job(""))
+        return int(cursor), [_text(key)[prefix:] for key in found]
+
 
 def _queue_full(reason: str, request: DecodeRequest, settings: Settings) -> QueueFull:
     limit = {
@@ -321,6 +380,10 @@ def _queue_full(reason: str, request: DecodeRequest, settings: Settings) -> Queu
         retry_after_s=5.0,
         job_id=request.job_id,
     )
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _decode(raw: Mapping[bytes, bytes]) -> dict[str, str]:

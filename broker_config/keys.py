@@ -20,6 +20,7 @@ Schema (`latentq:` is our prefix, `rq:` RQ's own, which `RQ_KEY_PREFIX` may chan
     latentq:worker:<name>     hash    what a live worker reports             a few leases
     latentq:paused            set     VAEs whose queues nobody claims from   owned by `latentq pause`/`resume`
     latentq:reaper            hash    who reaps, since when, grace           1 h
+    latentq:janitor           string  the janitor that leads                 3 s, renewed every second
 
 Times are milliseconds by the broker's own clock (`TIME`); no host's clock decides anything.
 """
@@ -51,6 +52,7 @@ PARKED = PREFIX + "parked"
 TOTALS = PREFIX + "totals"
 PAUSED = PREFIX + "paused"
 REAPER = PREFIX + "reaper"
+JANITOR = PREFIX + "janitor"
 RQ_QUEUES = RQ_PREFIX + "queues"
 
 

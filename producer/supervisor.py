@@ -124,7 +124,7 @@ class Supervisor:
             child.command,
             env=dict(child.environment),
             stdin=subprocess.DEVNULL,
-            preexec_fn=die_with_parent,  # noqa: PLW1509  only calls libc, loaded before the fork
+            preexec_fn=die_with_parent,
             start_new_session=True,  # Ctrl-C reaches the supervisor alone, which ends the children in order
         )
         logger.info(

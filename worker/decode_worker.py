@@ -145,6 +145,7 @@ class DecodeWorker:
         with broker_errors(self._connections.url):
             self._presence.announce()
         self._beat()
+        self.store.unpark()
         self._leases.start()
         fetch = self._thread("fetch", self._fetch.run)
         device = self._thread("device", self._device.run)

@@ -129,7 +129,12 @@ class VaePool:
             extra={"action": "vae_load", "vae": entry.name},
         )
         vae_class = getattr(diffusers, entry.vae_class)
-        module = vae_class.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True)
+        module = vae_class.from_pretrained(
+            str(folder),
+            torch_dtype=dtype,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,  # the other way needs accelerate, which saves nothing at the size of a VAE
+        )
         module = module.to(self._device).eval().requires_grad_(False)
         size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
         weights = {"weights": entry.weights, "sha256": _digest(folder), "class": str(config["_class_name"])}

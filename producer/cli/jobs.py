@@ -1,0 +1,257 @@
+"""Commands about jobs: submit, status, result, cancel, redecode, ack, and the list of VAEs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from broker_config.errors import InvalidOption, JobNotFinished
+from broker_config.messages import Artifact, JobSnapshot, JobStatus
+from broker_config.settings import load_settings
+from broker_config.vae_catalog import VaeCatalog, VaeEntry
+from producer.client import DecodeClient
+from producer.job_handle import JobHandle
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as `submit` printed it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+OptOutput = Annotated[str | None, typer.Option(help="png, jpg, webp, mp4, tensor or uint8.")]
+OptMetadata = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Written into the artifacts; repeatable.")
+]
+OptFps = Annotated[float | None, typer.Option(help="Frames per second of an mp4.")]
+OptMode = Annotated[str | None, typer.Option(help="exact or fast.")]
+OptTimeout = Annotated[float | None, typer.Option("--timeout", help="Longest attempt, seconds.")]
+OptRetention = Annotated[
+    float | None, typer.Option("--retention", help="How long latents and result stay after the end, seconds.")
+]
+OptWait = Annotated[bool, typer.Option("--wait", help="Wait until the job ended.")]
+OptPriority = Annotated[str, typer.Option(help="high, normal or low.")]
+OptProvenance = Annotated[
+    bool, typer.Option("--provenance/--no-provenance", help="Whether artifacts say how they were made.")
+]
+
+_console = Console()
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to `app`."""
+    for command in (submit, status, result, cancel, redecode, ack, vaes):
+        app.command()(command)
+
+
+def submit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="safetensors file with one tensor of latents.")],
+    vae: Annotated[str, typer.Option(help="Catalogue entry; `latentq vaes` lists them.")],
+    layout: Annotated[str | None, typer.Option(help="Latent layout, where the VAE takes several.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; needed for packed latents.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; needed for packed latents.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of each clip.")] = None,
+    output: OptOutput = None,
+    fps: OptFps = None,
+    mode: OptMode = None,
+    priority: OptPriority = "normal",
+    timeout_s: OptTimeout = None,
+    start_within_s: Annotated[float | None, typer.Option("--start-within", help="Longest wait, seconds.")] = None,
+    retention_s: OptRetention = None,
+    metadata: OptMetadata = None,
+    provenance: OptProvenance = True,
+    job_id: Annotated[str | None, typer.Option("--id", help="Your own id; the same id is the same job.")] = None,
+    wait: OptWait = False,
+) -> None:
+    """Hand latents over; prints the job's id."""
+    with DecodeClient.from_env() as client:
+        job = client.submit_file(
+            file,
+            vae=vae,
+            layout=layout,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            output=output,
+            fps=fps,
+            mode=mode,
+            priority=priority,
+            timeout_s=timeout_s,
+            start_within_s=start_within_s,
+            retention_s=retention_s,
+            metadata=_pairs(metadata),
+            provenance=provenance,
+            job_id=job_id,
+        )
+        _after_submit(job, wait=wait)
+
+
+def redecode(
+    job_id: JobId,
+    output: OptOutput = None,
+    fps: OptFps = None,
+    mode: OptMode = None,
+    priority: Annotated[str | None, typer.Option(help="high, normal or low.")] = None,
+    timeout_s: OptTimeout = None,
+    retention_s: OptRetention = None,
+    metadata: OptMetadata = None,
+    wait: OptWait = False,
+) -> None:
+    """Decode a job's retained latents again, with other options; prints the new job's id."""
+    asked: dict[str, Any] = {
+        "output": output,
+        "fps": fps,
+        "mode": mode,
+        "priority": priority,
+        "timeout_s": timeout_s,
+        "retention_s": retention_s,
+        "metadata": _pairs(metadata) if metadata else None,
+    }
+    with DecodeClient.from_env() as client:
+        job = client.redecode(job_id, **{name: value for name, value in asked.items() if value is not None})
+        _after_submit(job, wait=wait)
+
+
+def status(job_id: JobId, as_json: AsJson = False) -> None:
+    """Show where a job is."""
+    with DecodeClient.from_env() as client:
+        snapshot = client.job(job_id).snapshot()
+    if as_json:
+        typer.echo(json.dumps(_plain(snapshot), indent=2))
+        return
+    for name, value in describe(snapshot).items():
+        _console.print(f"[dim]{name:>10}[/dim]  {value}", highlight=False, soft_wrap=True)
+
+
+def result(
+    job_id: JobId,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File, or folder for several artifacts.")
+    ] = None,
+    wait: Annotated[float | None, typer.Option(help="Wait up to this many seconds for the job.")] = None,
+) -> None:
+    """Store a finished job's artifacts; prints the files."""
+    with DecodeClient.from_env() as client:
+        job = client.job(job_id)
+        if wait is not None:
+            job.wait(timeout=wait)
+        for path, data in _targets(job_id, job.artifacts(), output):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            typer.echo(path)
+
+
+def cancel(job_id: JobId) -> None:
+    """Cancel a job: at once while it waits, between two stages while it runs."""
+    with DecodeClient.from_env() as client:
+        now = client.job(job_id).cancel()
+    typer.echo("cancel requested" if now is JobStatus.PROCESSING else now)
+
+
+def ack(job_id: JobId) -> None:
+    """Say that a result is safe elsewhere: its bytes are freed before their retention ends."""
+    with DecodeClient.from_env() as client:
+        client.job(job_id).ack()
+    typer.echo("freed")
+
+
+def vaes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show everything about one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the VAEs of the catalogue."""
+    catalog = VaeCatalog.load(load_settings().catalog)
+    chosen = [catalog[name]] if name else list(catalog.values())
+    if as_json:
+        typer.echo(json.dumps([entry.model_dump(mode="json") for entry in chosen], indent=2))
+    elif name:
+        for field, value in chosen[0].model_dump(mode="json").items():
+            _console.print(f"[dim]{field:>10}[/dim]  {_cell(value)}", highlight=False, soft_wrap=True)
+    else:
+        _console.print(_vae_table(chosen))
+
+
+def _after_submit(job: JobHandle, *, wait: bool) -> None:
+    typer.echo(job.id)
+    snapshot = job.snapshot()
+    if not snapshot.served and not snapshot.status.is_terminal:
+        typer.echo(f"note: no worker serves {snapshot.vae} now; the job waits for one", err=True)
+    if wait:
+        snapshot = job.wait()
+        typer.echo(snapshot.status, err=True)
+        job.result()
+
+
+def _pairs(items: list[str] | None) -> dict[str, str]:
+    pairs = {}
+    for item in items or []:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise InvalidOption(f"--metadata {item!r} is not KEY=VALUE", field="metadata")
+        pairs[key] = value
+    return pairs
+
+
+def describe(snapshot: JobSnapshot) -> dict[str, str]:
+    """A job in words, for a terminal."""
+    lines = {"job": snapshot.job_id, "status": str(snapshot.status), "vae": snapshot.vae}
+    if snapshot.status is JobStatus.QUEUED and not snapshot.served:
+        lines["status"] = f"queued; no worker serves {snapshot.vae} now"
+    if snapshot.cancel_requested:
+        lines["status"] += "; cancel requested"
+    if snapshot.request is not None:
+        request = snapshot.request
+        frames = f" × {request.num_frames} frames" if request.num_frames > 1 else ""
+        lines["size"] = f"{request.batch} × {request.width} × {request.height}{frames} → {request.output}"
+    if snapshot.progress_total and not snapshot.status.is_terminal:
+        lines["progress"] = f"{snapshot.progress_done} of {snapshot.progress_total}"
+    if snapshot.started_ms:
+        lines["waited"] = f"{(snapshot.started_ms - snapshot.submitted_ms) / 1000:.3f} s"
+    if snapshot.result is not None:
+        times = snapshot.result.timings_s
+        lines["times"] = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in times.items())
+        lines["artifacts"] = ", ".join(
+            f"{item.content_type} {item.blob.size_bytes} B" for item in snapshot.result.artifacts
+        )
+    lines["attempts"] = f"{snapshot.attempts}, {snapshot.error_count} errors, {snapshot.crash_count} crashes"
+    for number, error in enumerate(snapshot.errors, 1):
+        lines[f"error {number}"] = f"{error.get('message')} [{error.get('code')}]"
+    return lines
+
+
+def _plain(snapshot: JobSnapshot) -> dict[str, Any]:
+    return dataclasses.asdict(snapshot)
+
+
+def _targets(job_id: str, artifacts: list[tuple[Artifact, bytes]], output: Path | None) -> list[tuple[Path, bytes]]:
+    if not artifacts:
+        raise JobNotFinished(f"job {job_id} has no artifacts", job_id=job_id)
+    if len(artifacts) == 1 and output is not None and not output.is_dir():
+        return [(output, artifacts[0][1])]
+    folder = output or Path()
+    single = len(artifacts) == 1
+    return [
+        (folder / (f"{job_id}.{item.extension}" if single else f"{job_id}-{number}.{item.extension}"), data)
+        for number, (item, data) in enumerate(artifacts)
+    ]
+
+
+def _vae_table(entries: list[VaeEntry]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("name", "what", "channels", "compression", "layouts"):
+        table.add_column(heading, overflow="fold")
+    for entry in entries:
+        time_part = f" × {entry.temporal} frames" if entry.temporal > 1 else ""
+        table.add_row(
+            entry.name,
+            entry.title,
+            str(entry.channels),
+            f"{entry.spatial} px{time_part}",
+            ", ".join(entry.layouts),
+        )
+    return table
+
+
+def _cell(value: object) -> str:
+    return ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)

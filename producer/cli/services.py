@@ -1,0 +1,61 @@
+"""Commands that run things: up, demo, worker, janitor."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from broker_config.logs import configure_logging
+from broker_config.settings import load_settings
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to `app`."""
+    app.command()(up)
+    app.command()(demo)
+    app.command(context_settings=_PASS_ON)(worker)
+    app.command(context_settings=_PASS_ON)(janitor)
+
+
+def up(
+    vae: Annotated[list[str] | None, typer.Option(help="Catalogue entry to serve; repeatable.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device of the worker, e.g. cuda:0.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+) -> None:
+    """Run everything on this machine until stopped: broker, worker, janitor."""
+    from producer.local_stack import LocalStack
+
+    settings = load_settings()
+    configure_logging(settings)
+    stack = LocalStack(settings, vaes=tuple(vae or ("demo",)), device=device, workers=workers)
+    raise typer.Exit(stack.run_until_stopped(announce=typer.echo))
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where pictures and video go.")] = Path("demo-output"),
+) -> None:
+    """Send real latents the whole way, on a broker of their own; leaves pictures and a video."""
+    from producer.demo import run_demo
+
+    raise typer.Exit(run_demo(out))
+
+
+def worker(context: typer.Context) -> None:
+    """Run a worker: latentq worker --vae sdxl --vae flux --device cuda:0 (`--help` lists its options)."""
+    _become("worker", context.args)
+
+
+def janitor(context: typer.Context) -> None:
+    """Run a janitor: returns jobs of dead workers, ends retention. Several may run; one leads."""
+    _become("worker.janitor", context.args)
+
+
+def _become(module: str, arguments: list[str]) -> None:
+    """Replaces this process, so that signals and the exit status are the service's own."""
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606  no shell is involved

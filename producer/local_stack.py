@@ -1,0 +1,109 @@
+"""Everything on one machine: the embedded broker (unless a URL is set), workers and a janitor as processes."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import redis
+
+from broker_config.connection import Connections, broker_errors, connect_url, redact
+from broker_config.embedded_broker import EmbeddedBroker, verify_server
+from broker_config.errors import ConfigurationError
+from broker_config.settings import Settings
+from producer.supervisor import EXIT_UNUSABLE, Supervisor
+
+_WATCH_S = 0.3
+
+
+class LocalStack:
+    """The processes behind `latentq up` and `latentq demo`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        vaes: tuple[str, ...],
+        device: str | None = None,
+        workers: int = 1,
+    ) -> None:
+        """Args:
+        settings: `redis_url` set: that broker is used and none is started.
+        vaes: catalogue entries that the workers serve.
+        device: of the workers; None: their own choice.
+        workers: how many.
+        """
+        self._settings = settings
+        self._vaes = vaes
+        self._device = device
+        self._workers = workers
+        self._supervisor = Supervisor()
+        self._stop = threading.Event()
+        #: Known once it runs.
+        self.url = ""
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Connections]:
+        """Starts everything; ends it with the block. Call it from the main thread: the broker follows the thread.
+
+        Raises:
+            ConfigurationError: no broker can be started, or the one configured cannot be used.
+            BrokerUnreachable: the one configured does not answer.
+        """
+        with contextlib.ExitStack() as stack:
+            if self._settings.redis_url is not None:
+                self.url = self._settings.redis_url.get_secret_value()
+            else:
+                broker = EmbeddedBroker(self._settings.broker_dir, binary=self._settings.redis_server)
+                self.url = stack.enter_context(broker).url
+            connections = connect_url(self.url, name="latentq-up")
+            stack.callback(connections.close)
+            self._verify(connections.commands)
+            stack.callback(self._supervisor.stop)
+            self._start_processes()
+            yield connections
+
+    def check(self) -> None:
+        """Starts again what ended.
+
+        Raises:
+            ConfigurationError: a process cannot work as configured; it has said why.
+        """
+        broken = self._supervisor.check()
+        if broken is not None:
+            raise ConfigurationError(f"{broken} cannot run as configured; it has said why above")
+
+    def run_until_stopped(self, *, announce: Callable[[str], None]) -> int:
+        """Runs until SIGTERM or SIGINT. Returns the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+        with self.running():
+            announce(f"broker   {redact(self.url)}")
+            announce(f"worker   {self._workers} × {', '.join(self._vaes)}")
+            announce("janitor  1")
+            announce("stop with Ctrl-C")
+            while not self._stop.wait(_WATCH_S):
+                broken = self._supervisor.check()
+                if broken is not None:
+                    announce(f"{broken} cannot run as configured; stopping")
+                    return EXIT_UNUSABLE
+            announce("stopping: what is being decoded is finished, the rest stays in the queue")
+        return 0
+
+    def _verify(self, client: redis.Redis) -> None:
+        with broker_errors(redact(self.url)):
+            verify_server(client)
+
+    def _start_processes(self) -> None:
+        environment = {"LATENTQ_REDIS_URL": self.url}
+        self._supervisor.start("janitor", [sys.executable, "-m", "worker.janitor"], environment=environment)
+        for number in range(self._workers):
+            command = [sys.executable, "-m", "worker"]
+            for vae in self._vaes:
+                command += ["--vae", vae]
+            if self._device:
+                command += ["--device", self._device]
+            self._supervisor.start(f"worker {number + 1}", command, environment=environment)

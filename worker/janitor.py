@@ -1,0 +1,136 @@
+"""The janitor: returns jobs whose lease ended, ends retention, mends what fell between the lists. Runs without torch.
+
+DESIGN. Any number of janitors may run; one leads, by a lock that is renewed every second and lost after three.
+Everything it does is one atomic script for each batch of jobs, so a janitor killed anywhere leaves nothing half done,
+and two that believe they lead do no harm. It decides by the broker's clock alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+from broker_config import keys
+from broker_config.connection import broker_errors, connect
+from broker_config.errors import BrokerError, LatentqError
+from broker_config.job_store import JobStore
+from broker_config.logs import configure_logging
+from broker_config.settings import Settings, load_settings
+
+logger = logging.getLogger(__name__)
+
+_TICK_S: Final = 1.0
+_LEAD_S: Final = 3.0
+#: No janitor for longer than this is an outage: a takeover takes 3 s, a stop and start of `latentq up` a little more.
+_QUIET_S: Final = 10.0
+#: Records looked at in one tick: a walk over 100,000 takes a minute and a half.
+_SCAN_COUNT: Final = 1000
+#: A job this young may be between two commands of someone's tool.
+_SETTLE_S: Final = 5.0
+
+
+class Janitor:
+    """One janitor process."""
+
+    def __init__(self, store: JobStore, *, name: str) -> None:
+        self._store = store
+        self._name = name
+        self._stop = threading.Event()
+        self._cursor = 0
+        self._queued: set[str] = set()
+
+    def stop(self) -> None:
+        """Stops soon. Safe from a signal handler."""
+        self._stop.set()
+
+    def run(self) -> None:
+        """Looks after the queue until stopped; waits out a broker that is away."""
+        logger.info("janitor %s runs", self._name, extra={"action": "janitor_ready"})
+        while not self._stop.is_set():
+            try:
+                if self._store.lead(self._name, ttl_s=_LEAD_S):
+                    self.tick()
+            except BrokerError as error:
+                logger.warning("janitor waits for the broker: %s", error, extra={"action": "broker_away"})
+            self._stop.wait(_TICK_S)
+        try:
+            self._store.lead(self._name, ttl_s=0)
+        except BrokerError as error:
+            logger.warning("left without a word: %s", error, extra={"action": "leave_failed"})
+
+    def tick(self) -> None:
+        """One round: leases, retention, a part of the audit."""
+        reaped = self._store.reap(self._name, quiet_s=_QUIET_S)
+        for job_id, what in reaped.jobs.items():
+            logger.warning(
+                "lease of job %s ended: %s",
+                job_id,
+                what,
+                extra={"action": "lease_ended", "job_id": job_id, "what": what},
+            )
+        self._store.retire()
+        self._audit()
+
+    def _audit(self) -> None:
+        if self._cursor == 0:
+            self._queued = self._ids_in_queues()
+        self._cursor, found = self._store.scan(self._cursor, count=_SCAN_COUNT)
+        # Most jobs wait in a queue: only the others are worth the broker's time.
+        for job_id, what in self._store.audit([i for i in found if i not in self._queued], settle_s=_SETTLE_S).items():
+            logger.warning(
+                "job %s mended: %s", job_id, what, extra={"action": "job_mended", "job_id": job_id, "what": what}
+            )
+
+    def _ids_in_queues(self) -> set[str]:
+        connections = self._store.connections
+        with broker_errors(connections.url):
+            queues = [key for key in connections.commands.smembers(keys.RQ_QUEUES) if keys.QUEUE_PREFIX.encode() in key]
+            ids: set[str] = set()
+            for queue in queues:
+                start = 0
+                while part := connections.commands.lrange(queue, start, start + 9999):
+                    ids.update(item.decode() for item in part if isinstance(item, bytes))
+                    start += len(part)
+        return ids
+
+
+def _own_name() -> str:
+    return f"{socket.gethostname()[:32]}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def run_janitor(settings: Settings) -> None:
+    """Runs a janitor in this process until SIGTERM or SIGINT.
+
+    Raises:
+        LatentqError: no broker is configured or running.
+    """
+    name = _own_name()
+    janitor = Janitor(JobStore(connect(settings, name=f"latentq-janitor-{name}"), settings), name=name)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: janitor.stop())
+    janitor.run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m worker.janitor`; returns its exit status: 0 stopped, 2 not startable."""
+    argparse.ArgumentParser(prog="latentq janitor", description="Looks after the queue until stopped.").parse_args(argv)
+    try:
+        settings = load_settings()
+        configure_logging(settings)
+        run_janitor(settings)
+    except LatentqError as error:
+        print(f"latentq janitor: {error.message} [{error.code}]", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
