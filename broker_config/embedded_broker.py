@@ -500,10 +500,11 @@ def _own_folder(data_dir: Path) -> int:
     lock = _take_lock(data_dir / "owner.lock", wait_s=_OWNER_GRACE_S)
     if lock is not None:
         return lock
-    state = None
-    with contextlib.suppress(errors.BrokerUnreachable):
+    try:
         state = find_running(data_dir)
-    who = f"pid {state.pid}, {state.url}" if state else "it is starting, stopping or hangs"
+        who = f"pid {state.pid}, {state.url}" if state else "it is starting or stopping"
+    except errors.BrokerUnreachable as exc:
+        who = exc.message
     raise errors.ConfigurationError(
         f"An embedded broker already runs on {data_dir} ({who}); use it, as other latentq commands do by"
         " themselves, or stop it first."

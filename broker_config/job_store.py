@@ -30,6 +30,18 @@ CLAIM_WINDOW: Final = 64
 _RESERVE_BYTES_PER_PX: Final = {"tensor": 12.0, "uint8": 3.0, "png": 2.0, "webp": 0.4, "jpg": 0.6, "mp4": 0.1}
 
 
+#: Why a job fails that someone enqueued on our queues with RQ itself, and how long it stays listed unless it says
+#: so itself (RQ's own default is a year).
+_FOREIGN: Final = (
+    "latentq has no record of this job: it was enqueued with RQ itself. Its function was not called. Submit latents "
+    "with producer.DecodeClient, and enqueue other functions on queues of your own."
+)
+_FOREIGN_TTL_S: Final = 7 * 86_400
+#: How long latents stay that were refused because the queue is full: longer than a patient caller's pause between
+#: two tries, short enough that what is refused cannot fill the broker.
+_REFUSED_S: Final = 10.0
+
+
 class Outcome(StrEnum):
     """What a worker's word about its attempt came to."""
 
@@ -42,6 +54,8 @@ class Outcome(StrEnum):
     ARTIFACT_MISSING = "artifact_missing"
     RETRYING = "retrying"
     FAILED = "failed"
+    #: Someone canceled the job meanwhile, so it is not tried again.
+    CANCELED = "canceled"
 
 
 class Claim(NamedTuple):
@@ -111,6 +125,7 @@ class JobStore:
             "latents_bytes": settings.max_pending_bytes,
             "watermark": settings.memory_watermark,
             "owned": request.source_job_id is not None,
+            "refused_ms": round(_REFUSED_S * 1000),
         }
         queue = keys.queue_name(request.vae, request.priority)
         fields = self._record_fields(request, queue)
@@ -165,6 +180,8 @@ class JobStore:
 
     def cancel(self, job_id: str, *, execution: str = "") -> str:
         """Cancels a job: `canceled`, `requested` (it is running), or the terminal state it already has.
+
+        `execution`: a worker ends its own attempt; `lost` if the job is not that attempt's any more.
 
         Raises:
             JobNotFound: no such job.
@@ -259,6 +276,8 @@ class JobStore:
             SCHEMA_VERSION,
             deadline,
             default_mode,
+            rq_format.exc_string(_FOREIGN),
+            _FOREIGN_TTL_S * 1000,
             *vaes,
         )
         return [

@@ -140,6 +140,8 @@ class DecodeRequest:
     metadata: Mapping[str, str] = field(default_factory=dict)
     #: Whether artifacts carry our provenance record.
     provenance: bool = True
+    #: Whether the decode may be tiled, which is not exact, when memory is short.
+    allow_tiling: bool = False
     #: The job whose latents these are, when decoded again.
     source_job_id: str | None = None
     #: Version of this message.

@@ -69,6 +69,8 @@ class DecodeOptions:
     metadata: Mapping[str, str] = field(default_factory=dict)
     #: Whether artifacts carry our provenance record.
     provenance: bool = True
+    #: Whether the decode may be tiled, which is not exact and can leave seams, when memory is short.
+    allow_tiling: bool = False
     #: None: a new UUIDv7.
     job_id: str | None = None
 
@@ -145,6 +147,7 @@ def checked_options(
         "shift_factor": _factor("shift_factor", options.shift_factor),
         "metadata": checked_metadata(options.metadata, max_bytes=settings.max_metadata_bytes),
         "provenance": bool(options.provenance),
+        "allow_tiling": bool(options.allow_tiling),
     }
 
 

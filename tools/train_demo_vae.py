@@ -72,7 +72,9 @@ from torch.nn.functional import pixel_unshuffle
 Box = tuple[int, int, int, int]  # y, x, height, width in the source photograph
 
 FACTOR = 8
-LATENT_CHANNELS = 12
+LATENT_CHANNELS = 16
+BLOCKS = (16, 32, 64, 96)  # channels from full to 1/8 resolution; decode time lies in the first two
+GROUPS = 8
 STAGES = (0.3, 0.6)  # stage 1 and stage 2 end at these parts of the time
 QUIET = 30.0  # constant that outweighs the picture in the encoder's last group norm
 CROP_PLANS = ((128, 4), (128, 4), (192, 2), (256, 1))  # crop size, batch size
@@ -116,7 +118,7 @@ PHOTOS = (
     Photo("chelsea", "Chelsea the cat (Stefan van der Walt)", "CC0", (2, 1, 296, 448)),
     Photo("rocket", "Falcon 9 lifts off with DSCOVR (SpaceX)", "public domain (SpaceX)", (3, 64, 424, 512)),
 )
-CLIP = Clip("coffee", "A pan over a cup of coffee", 240, 304, 24, 12, (150, 0, 40, 296))
+CLIP = Clip("coffee", "A pan over a cup of coffee", 240, 304, 20, 12, (150, 0, 40, 296))
 
 
 def load_photo(name: str) -> torch.Tensor:
@@ -151,10 +153,10 @@ def build_model() -> Any:
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(24, 48, 64, 96),
+        block_out_channels=BLOCKS,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
+        norm_num_groups=GROUPS,
         sample_size=512,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -184,9 +186,30 @@ def identity_rows(conv: Any, channels: int, centre: int) -> None:
         conv.weight[channel, channel, centre, centre] = 1
 
 
+def patches_of(images: list[torch.Tensor], times: int) -> torch.Tensor:
+    """Return all patches (n, 3 * 4**times), in the order of channels that the encoder's blocks produce."""
+    rows = []
+    for image in images:
+        height, width = image.shape[1] // FACTOR * FACTOR, image.shape[2] // FACTOR * FACTOR
+        x = cut(image, (0, 0, height, width))
+        for _ in range(times):
+            x = pixel_unshuffle(x, 2)
+        rows.append(x[0].flatten(1).T)
+    return torch.cat(rows)
+
+
+def principal(data: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ``count`` largest principal components as rows, and their variances."""
+    values, vectors = torch.linalg.eigh(data.T.cov())
+    return vectors[:, -count:].T, values[-count:]
+
+
 @torch.no_grad()
 def set_encoder(model: Any, images: list[torch.Tensor]) -> None:
     """Set the encoder to a whitened PCA of 8x8 patches (its residual branches are silent).
+
+    It works in two levels: the 4x4 patches are reduced to as many principal components as the
+    second block has channels, then four neighbours of those to the latents.
 
     The last group norm is kept from acting on the picture by a pair of large constants in each
     group, and SiLU by pairs of opposite channels: silu(a) - silu(-a) = a.
@@ -196,35 +219,39 @@ def set_encoder(model: Any, images: list[torch.Tensor]) -> None:
     identity_rows(encoder.conv_in, 3, 1)
     unshuffle_rows(blocks[0].downsamplers[0].conv, 3)
     identity_rows(blocks[1].resnets[0].conv_shortcut, 12, 0)
-    unshuffle_rows(blocks[1].downsamplers[0].conv, 12)
-    identity_rows(blocks[2].resnets[0].conv_shortcut, 48, 0)
-    patches = []
-    for image in images:
-        height, width = image.shape[1] // FACTOR * FACTOR, image.shape[2] // FACTOR * FACTOR
-        x = cut(image, (0, 0, height, width))
-        for _ in range(3):  # the order of channels that the encoder's own blocks produce
-            x = pixel_unshuffle(x, 2)
-        patches.append(x[0].flatten(1).T)
-    data = torch.cat(patches)
-    values, vectors = torch.linalg.eigh(data.T.cov())
-    basis = (vectors[:, -count:] / values[-count:].sqrt()).T
+    small = min(BLOCKS[1], 48)
+    reduce, _ = principal(patches_of(images, 2), small)
+    middle = blocks[1].downsamplers[0].conv
+    middle.weight[:small] = 0
+    middle.weight[:small, :12, :2, :2] = reduce.reshape(small, 12, 2, 2)
+    middle.bias[:small] = 0
+    identity_rows(blocks[2].resnets[0].conv_shortcut, small, 0)
+    # an 8x8 patch has 48 x 4 values, the last factor being the four 4x4 patches
+    data = torch.einsum("kc,ncj->nkj", reduce, patches_of(images, 3).unflatten(1, (48, 4))).flatten(1)
+    rows, variances = principal(data, count)
+    basis = rows / variances.sqrt()[:, None]
     last = blocks[2].downsamplers[0].conv
     last.weight[:count] = 0
-    last.weight[:count, :48, :2, :2] = basis.reshape(count, 48, 2, 2)
+    last.weight[:count, :small, :2, :2] = basis.reshape(count, small, 2, 2)
     last.bias[:count] = -(basis @ data.mean(0))
     spread, head = blocks[3].resnets[0].conv_shortcut, encoder.conv_out
-    spread.weight[: 4 * count] = 0
-    spread.bias[: 4 * count] = 0
+    spread.weight.zero_()
+    spread.bias.zero_()
     head.weight.zero_()
     head.bias[:count] = 0
     head.bias[count:] = -6.0  # log variance: little noise
-    gain = math.sqrt((2 * QUIET**2 + 6) / 12)
+    size, share = BLOCKS[3] // GROUPS, count // GROUPS  # channels and latents of one group
+    assert count % GROUPS == 0, "the latents are spread evenly over the groups"
+    assert size >= 2 * share + 2, "each group holds its latents twice and the two constants"
+    gain = math.sqrt((2 * QUIET**2 + 2 * share) / size)
     for index in range(count):
-        plus = 12 * (index // 3) + index % 3
-        spread.weight[plus, index], spread.weight[plus + 3, index] = 1, -1
-        head.weight[index, plus, 1, 1], head.weight[index, plus + 3, 1, 1] = gain, -gain
-        if index % 3 == 0:
-            spread.bias[plus + 6], spread.bias[plus + 7] = QUIET, -QUIET
+        group, place = divmod(index, share)
+        plus, minus = size * group + place, size * group + share + place
+        spread.weight[plus, index], spread.weight[minus, index] = 1, -1
+        head.weight[index, plus, 1, 1], head.weight[index, minus, 1, 1] = gain, -gain
+    for group in range(GROUPS):
+        quiet = size * group + 2 * share
+        spread.bias[quiet], spread.bias[quiet + 1] = QUIET, -QUIET
 
 
 class Muon:

@@ -38,17 +38,21 @@ class Plan:
     is_video: bool
 
 
-def decode_chunks(vae: Any, latents: torch.Tensor, plan: Plan) -> Iterator[torch.Tensor]:
+def decode_chunks(
+    vae: Any, latents: torch.Tensor, plan: Plan, *, items_per_call: int | None = None
+) -> Iterator[torch.Tensor]:
     """The VAE's own output, in pieces, each as soon as the device has it.
 
     Args:
         vae: a diffusers autoencoder.
         latents: on any device, float, laid out as `plan.layout`.
         plan: sizes and scaling.
+        items_per_call: pictures, frames or clips in one call of the VAE; None: as many as the pipeline takes. Fewer
+            need less memory and may differ from the pipeline in last bits.
 
     Yields:
-        Pictures: one tensor (B, 3, H, W). Clips of a video VAE: one (B, 3, F, H, W). Clips of an image VAE:
-        (n, 3, H, W), n ≤ 16 frames of the folded batch, in order.
+        Pictures: (n, 3, H, W), all B at once unless `items_per_call` is smaller. Clips of a video VAE:
+        (n, 3, F, H, W). Clips of an image VAE: (n, 3, H, W), n ≤ 16 frames of the folded batch, in order.
     """
     with torch.inference_mode():
         latents = latents.to(device=vae.device, dtype=vae.dtype)
@@ -61,6 +65,8 @@ def decode_chunks(vae: Any, latents: torch.Tensor, plan: Plan) -> Iterator[torch
             spatial=plan.spatial,
         )
         step = FRAMES_PER_CALL if plan.layout is LatentLayout.VIDEO_2D else vae_input.shape[0]
+        if items_per_call is not None:
+            step = min(step, items_per_call)
         for start in range(0, vae_input.shape[0], step):
             yield vae.decode(vae_input[start : start + step], return_dict=False)[0]
 

@@ -28,6 +28,7 @@ from broker_config.messages import Mode
 from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeCatalog
 from worker.attempts import AttemptReporter
+from worker.batch_decode import BatchDecoder
 from worker.device_stage import DeviceStage
 from worker.fetch_stage import FetchStage
 from worker.finish_stage import FinishStage
@@ -123,10 +124,14 @@ class DecodeWorker:
         self._device = DeviceStage(
             self._fetch.ready,
             on_taken=self._fetch.taken,
-            on_work=self._finish.accept,
+            decoder=BatchDecoder(
+                hand_on=self._finish.accept,
+                on_progress=lambda work, done, total: self._leases.progress(work.claim, done=done, total=total),
+                default_mode=str(own.mode),
+            ),
             reporter=reporter,
             leases=self._leases,
-            settings=own,
+            evict_others=self.pool.evict_all_but,
             stopwatch=self.stopwatch,
         )
 

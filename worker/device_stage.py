@@ -1,4 +1,8 @@
-"""The second stage: decode a batch and hand its pixels on, chunk by chunk, as they leave the device."""
+"""The second stage: takes ready batches and brings each through the device, whatever it takes.
+
+A batch that fails is split and its jobs run alone, so that the right one is blamed. A decode that runs out of memory
+climbs the rungs of `memory_ladder`. Only what fails alone and on every rung is told as a failed attempt.
+"""
 
 from __future__ import annotations
 
@@ -6,79 +10,60 @@ import logging
 import queue
 from collections.abc import Callable, Sequence
 
-import torch
-
-from broker_config.latent_geometry import LatentLayout
-from broker_config.messages import DecodeRequest, Output
+from broker_config.errors import OutOfMemory
 from worker.attempts import AttemptReporter
-from worker.decode import Plan, clip_frames, decode_chunks, join_chunks, to_pixels
+from worker.batch_decode import BatchDecoder
 from worker.fetch_stage import Batch
-from worker.latent_io import dtype_name, to_frames
-from worker.latent_layouts import scaling_of
 from worker.leases import LeaseKeeper
-from worker.settings import WorkerSettings
-from worker.stages import (
-    Abandoned,
-    ChunkStream,
-    Failure,
-    Stopwatch,
-    StreamClosed,
-    Timer,
-    Work,
-    failure_of,
+from worker.memory_ladder import (
+    How,
+    MemoryModel,
+    Meter,
+    Rung,
+    first_guess,
+    free_bytes,
+    items_that_fit,
+    make_room,
+    rungs,
 )
+from worker.stages import Abandoned, Failure, Stopwatch, StreamClosed, Timer, Work, failure_of
 from worker.vae_pool import LoadedVae
 
 logger = logging.getLogger(__name__)
 
 
-def plan_of(request: DecodeRequest, vae: LoadedVae, *, batch: int) -> Plan:
-    """How latents of this request are decoded with this VAE."""
-    scaling = scaling_of(vae.module.config, scaling_factor=request.scaling_factor, shift_factor=request.shift_factor)
-    layout = LatentLayout(request.layout)
-    return Plan(
-        layout=layout,
-        scaling=scaling,
-        batch=batch,
-        num_frames=request.num_frames,
-        height=request.height,
-        width=request.width,
-        spatial=vae.entry.spatial,
-        is_video=layout in (LatentLayout.VIDEO, LatentLayout.VIDEO_2D),
-    )
-
-
 class DeviceStage:
-    """Decodes batches. `run` is the thread's body; nothing in it waits for anything but the device."""
+    """Decodes batches. `run` is the thread's body; it waits for nothing but the device and full encoders."""
 
     def __init__(
         self,
         ready: queue.Queue[Batch | None],
         *,
         on_taken: Callable[[], None],
-        on_work: Callable[[Work], None],
+        decoder: BatchDecoder,
         reporter: AttemptReporter,
         leases: LeaseKeeper,
-        settings: WorkerSettings,
+        evict_others: Callable[[str], int],
         stopwatch: Stopwatch,
     ) -> None:
         """Args:
         ready: batches from the fetch stage; None ends the thread.
         on_taken: told when a batch is taken, so that the next one is fetched.
-        on_work: told of each job before its first chunk, so that its encoder starts; waits while encoders are behind.
+        decoder: runs one decode.
         reporter: where failed attempts are told.
         leases: told which jobs are on the device.
-        settings: mode and device.
+        evict_others: drops every loaded VAE but the named one.
         stopwatch: adds up busy and idle time.
         """
         self._ready = ready
         self._on_taken = on_taken
-        self._on_work = on_work
+        self._decoder = decoder
         self._reporter = reporter
         self._leases = leases
-        self._settings = settings
+        self._evict_others = evict_others
         self._stopwatch = stopwatch
         self._released = False
+        self.memory = MemoryModel()
 
     def run(self) -> None:
         """Decodes until the fetch stage ends."""
@@ -93,14 +78,14 @@ class DeviceStage:
                 self._reporter.release([work.claim for work in works])
                 continue
             with Timer() as busy:
-                self._decode(vae, works)
+                self._bring_through(vae, works)
             self._stopwatch.add(busy_s=busy.s, idle_s=waited.s, jobs=len(works))
 
     def hand_back(self) -> None:
         """From now on ready batches go back to the queue instead of being decoded."""
         self._released = True
 
-    def _decode(self, vae: LoadedVae, works: list[Work]) -> None:
+    def _bring_through(self, vae: LoadedVae, works: list[Work]) -> None:
         try:
             works = [work for work in works if not self._reporter.skip(work.claim)]
             if not works:
@@ -108,104 +93,70 @@ class DeviceStage:
             claims = [work.claim for work in works]
             self._leases.enter(claims, "device", limit_s=sum(work.request.timeout_s for work in works))
             self._leases.tell(claims)
-            failure = self._attempt(vae, works)
-            if failure is None:
+            if len(works) > 1 and self._together(vae, works):
                 return
-            if len(works) == 1:
-                self._reporter.fail(works[0].claim, failure, stage="device")
-                return
-            logger.warning(
-                "a batch of %d failed (%s), each job runs alone",
-                len(works),
-                failure.error.code,
-                extra={"action": "batch_split"},
-            )
             for work in works:
-                alone = self._attempt(vae, [work])
-                if alone is not None:
-                    self._reporter.fail(work.claim, alone, stage="device")
+                failure = self._alone(vae, work)
+                if failure is not None:
+                    self._reporter.fail(work.claim, failure, stage="device")
         except Abandoned:
             logger.warning("gave up on the broker", extra={"action": "abandoned"})
 
-    def _attempt(self, vae: LoadedVae, works: Sequence[Work]) -> Failure | None:
-        """Decodes these jobs in one call. What went wrong, as text: the frames of the error are gone by then."""
+    def _together(self, vae: LoadedVae, works: list[Work]) -> bool:
+        """Decodes a batch in one call. Returns whether its jobs are done with."""
+        items = sum(work.request.batch for work in works)
+        failure = self._try(vae, works, How(rung=Rung.PLAIN, items_per_call=items))
+        if failure is None:
+            return True
+        logger.warning("a batch of %d failed (%s)", len(works), failure.error.code, extra={"action": "batch_split"})
+        if isinstance(failure.error, OutOfMemory):
+            make_room(vae.device, evict=lambda: self._evict_others(vae.entry.name))
+            if len(works) > 2:  # halves, since half of it may well fit
+                middle = len(works) // 2
+                self._bring_through(vae, works[:middle])
+                self._bring_through(vae, works[middle:])
+                return True
+        return False
+
+    def _alone(self, vae: LoadedVae, work: Work) -> Failure | None:
+        """Decodes one job, on the first rung that has the memory. Returns what went wrong on the last."""
+        request = work.request
+        guess = first_guess(vae.module.config, device=vae.device, dtype=vae.dtype)
+        fits = items_that_fit(
+            bytes_per_px=self.memory.bytes_per_px(vae.entry.name, dtype=vae.dtype, guess=guess),
+            pixels_per_item=request.pixels // request.batch,
+            free=free_bytes(vae.device),
+        )
+        ways = list(rungs(items=request.batch, first=fits, low_memory=False, tiling_allowed=request.allow_tiling))
+        ways.insert(0, ways[0])  # the first way once more, after room was made
+        failure: Failure | None = None
+        for number, how in enumerate(ways):
+            if number > 0:
+                logger.warning(
+                    "job %s: out of memory, trying %s with %d a call",
+                    work.claim.job_id,
+                    how.rung,
+                    how.items_per_call,
+                    extra={"action": "memory_rung", "job_id": work.claim.job_id, "rung": str(how.rung)},
+                )
+            failure = self._try(vae, [work], how)
+            if failure is None or not isinstance(failure.error, OutOfMemory):
+                return failure
+            make_room(vae.device, evict=lambda: self._evict_others(vae.entry.name))
+        return failure
+
+    def _try(self, vae: LoadedVae, works: Sequence[Work], how: How) -> Failure | None:
+        """One decode. What went wrong, as text: the frames of the error, and their tensors, are gone by then."""
         try:
-            with vae.lock, Timer() as timer:
-                self._decode_together(vae, works, timer)
+            with vae.lock, Meter(vae.device) as meter:
+                self._decoder.decode(vae, works, how)
+        except Abandoned:
+            raise
         except StreamClosed:
             return None  # the encoder failed and has said so
         except Exception as error:
-            for work in works:
-                work.stream.close()
-            failure = failure_of(error)
             logger.debug("decode failed", exc_info=error, extra={"action": "decode_failed"})
-            del error
-            return failure
+            return failure_of(error)
+        pixels = works[0].request.pixels // works[0].request.batch * how.items_per_call
+        self.memory.learn(vae.entry.name, dtype=vae.dtype, pixels=pixels, used_bytes=meter.used_bytes)
         return None
-
-    def _decode_together(self, vae: LoadedVae, works: Sequence[Work], timer: Timer) -> None:
-        request = works[0].request
-        latents = works[0].latents if len(works) == 1 else torch.cat([work.latents for work in works])
-        plan = plan_of(request, vae, batch=latents.shape[0])
-        if vae.device.type == "cuda":
-            latents = latents.to(vae.device, non_blocking=True)
-        for work in works:
-            work.stream = ChunkStream()  # a batch that is split starts anew
-            mode = work.request.mode or self._settings.mode
-            work.decoded_by = facts_of(vae, mode=str(mode), shared=len(works))
-        if len(works) > 1:
-            self._decode_batch(vae, works, latents, plan, timer)
-        else:
-            self._decode_one(vae, works[0], latents, plan, timer)
-
-    def _decode_batch(
-        self, vae: LoadedVae, works: Sequence[Work], latents: torch.Tensor, plan: Plan, timer: Timer
-    ) -> None:
-        """Several jobs in one call: decoded as a whole first, since one failure must not hit half of them."""
-        decoded = join_chunks(list(decode_chunks(vae.module, latents, plan)), plan)
-        raw = works[0].request.output is Output.TENSOR
-        whole = decoded.cpu() if raw else to_pixels(decoded).cpu()
-        timer.stop()
-        start = 0
-        for work in works:
-            mine = whole[start : start + work.request.batch]
-            start += work.request.batch
-            work.timings_s["decode"] = timer.s
-            self._on_work(work)
-            work.stream.put(mine if raw else to_frames(mine))
-            work.stream.end()
-
-    def _decode_one(self, vae: LoadedVae, work: Work, latents: torch.Tensor, plan: Plan, timer: Timer) -> None:
-        """One job; frames go to the encoder while later ones are still being decoded."""
-        chunks = decode_chunks(vae.module, latents, plan)
-        if work.request.output is Output.TENSOR:
-            whole = join_chunks(list(chunks), plan).cpu()
-            work.timings_s["decode"] = timer.stop()
-            self._on_work(work)
-            work.stream.put(whole)
-            work.stream.end()
-            return
-        done, total, started = 0, plan.batch * plan.num_frames, False
-        for chunk in chunks:
-            pixels = to_frames(to_pixels(clip_frames(chunk, plan)))
-            work.timings_s["decode"] = timer.stop()
-            if not started:
-                self._on_work(work)
-                started = True
-            work.stream.put(pixels)
-            done += len(pixels)
-            self._leases.progress(work.claim, done=done, total=total)
-        work.stream.end()
-
-
-def facts_of(vae: LoadedVae, *, mode: str, shared: int) -> dict[str, object]:
-    """What the result records of the decode."""
-    return {
-        "vae": vae.entry.name,
-        "weights": dict(vae.weights),
-        "dtype": dtype_name(vae.dtype),
-        "device": vae.device.type,
-        "mode": mode,
-        "batch_jobs": shared,
-        "tiling": False,
-    }

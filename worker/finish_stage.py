@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 import diffusers
-import numpy as np
 import torch
 
 from broker_config.blob_store import REDIS_STORE
@@ -54,27 +53,27 @@ class FinishStage:
         #: Jobs that are decoded but not completed; the device waits when it is used up.
         self._room = threading.Semaphore(_FINISHERS + 2)
 
-    def accept(self, work: Work) -> None:
+    def accept(self, work: Work, stream: ChunkStream) -> None:
         """Takes a job over, whose chunks are about to come. Waits while encoding is behind."""
         while not self._room.acquire(timeout=0.5):
             if self._patience.is_given_up:
                 raise Abandoned
-        self._finishers.submit(self._run, work)
+        self._finishers.submit(self._run, work, stream)
 
     def close(self) -> None:
         """Waits for what was accepted."""
         self._finishers.shutdown(wait=True)
         self._encoders.shutdown(wait=True)
 
-    def _run(self, work: Work) -> None:
+    def _run(self, work: Work, stream: ChunkStream) -> None:
         try:
-            self._finish(work)
+            self._finish(work, stream)
         except StreamClosed:
             logger.debug("decode of %s gave up", work.claim.job_id, extra={"action": "stream_closed"})
         except Abandoned:
             logger.warning("job %s left to its lease", work.claim.job_id, extra={"action": "abandoned"})
         except Exception as error:
-            work.stream.close()
+            stream.close()
             failure = failure_of(error)
             if not isinstance(error, LatentqError):
                 wrapped = EncodeFailed(f"finishing raised {type(error).__name__}: {error}")
@@ -89,9 +88,9 @@ class FinishStage:
         except Abandoned:
             logger.warning("job %s left to its lease", work.claim.job_id, extra={"action": "abandoned"})
 
-    def _finish(self, work: Work) -> None:
+    def _finish(self, work: Work, stream: ChunkStream) -> None:
         with Timer() as encoding:
-            encoded = self._encode(work)
+            encoded = self._encode(work, stream)
         self._leases.enter([work.claim], "finish", limit_s=work.request.timeout_s)
         if self._reporter.skip(work.claim):
             return
@@ -108,17 +107,17 @@ class FinishStage:
         )
         self._reporter.complete(work.claim, result, [item.data for item in encoded])
 
-    def _encode(self, work: Work) -> list[Encoded]:
+    def _encode(self, work: Work, stream: ChunkStream) -> list[Encoded]:
         provenance = provenance_of(work) if work.request.provenance else None
         output = work.request.output
         if output is Output.TENSOR:
-            return [_as_file(item) for chunk in work.stream for item in torch.as_tensor(chunk)]
+            return [_as_file(item) for chunk in stream for item in chunk.get()]
         if output is Output.MP4:
-            return list(self._encode_clips(work, provenance))
+            return list(self._encode_clips(work, stream, provenance))
         if output is Output.UINT8:
-            return _stack_frames(work)
+            return _stack_frames(work, stream)
         futures: list[Future[Encoded]] = []
-        for frame in _frames(work.stream):
+        for frame in _frames(stream):
             futures.append(
                 self._encoders.submit(
                     encode_image,
@@ -130,9 +129,11 @@ class FinishStage:
             )
         return [future.result() for future in futures]
 
-    def _encode_clips(self, work: Work, provenance: Mapping[str, object] | None) -> Iterator[Encoded]:
+    def _encode_clips(
+        self, work: Work, stream: ChunkStream, provenance: Mapping[str, object] | None
+    ) -> Iterator[Encoded]:
         request = work.request
-        frames = _frames(work.stream)
+        frames = _frames(stream)
         for _ in range(request.batch):
             with VideoEncoder(
                 width=request.width,
@@ -164,13 +165,12 @@ def provenance_of(work: Work) -> dict[str, object]:
 
 def _frames(stream: ChunkStream) -> Iterator[Pixels]:
     for chunk in stream:
-        assert isinstance(chunk, np.ndarray)
-        yield from chunk
+        yield from chunk.pixels()
 
 
-def _stack_frames(work: Work) -> list[Encoded]:
+def _stack_frames(work: Work, stream: ChunkStream) -> list[Encoded]:
     """uint8 pixels of each item: (H, W, C) of a picture, (F, H, W, C) of a clip."""
-    frames = [torch.from_numpy(frame) for frame in _frames(work.stream)]
+    frames = [torch.from_numpy(frame) for frame in _frames(stream)]
     per_item = work.request.num_frames
     items = [torch.stack(frames[start : start + per_item]) for start in range(0, len(frames), per_item)]
     is_clip = len(work.request.shape) == 5

@@ -31,6 +31,7 @@ from broker_config.errors import (
 )
 from broker_config.job_store import Claim
 from broker_config.messages import DecodeRequest
+from worker.latent_io import to_frames
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ T = TypeVar("T")
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 #: Chunks of one job that may wait between device and encoder: 16 frames each.
 _STREAM_CHUNKS: Final = 4
+#: What torch's CPU allocator and oneDNN say, as plain RuntimeErrors, when memory is short.
+_NO_MEMORY: Final = ("can't allocate memory", "could not create a memory object", "std::bad_alloc")
 _RETRY_FIRST_S: Final = 0.1
 _RETRY_LONGEST_S: Final = 5.0
 
@@ -89,14 +92,42 @@ class Patience:
                 pause = min(pause * 2, _RETRY_LONGEST_S)
 
 
+class HostChunk:
+    """Pixels or floats on their way to the host, or there."""
+
+    def __init__(self, tensor: torch.Tensor, wait: Callable[[], None] | None = None) -> None:
+        """Args:
+        tensor: on the host; complete once `wait` returned.
+        wait: blocks until the copy is done; None: it is.
+        """
+        self._tensor = tensor
+        self._wait = wait
+
+    @property
+    def items(self) -> int:
+        """Pictures or frames in it."""
+        return int(self._tensor.shape[0])
+
+    def get(self) -> torch.Tensor:
+        """The tensor, complete."""
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
+        return self._tensor
+
+    def pixels(self) -> Pixels:
+        """uint8 pixels as numpy."""
+        return to_frames(self.get())
+
+
 class ChunkStream:
     """What the device made of one job, on its way to the encoder: a bounded queue with an end."""
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[Pixels | torch.Tensor | None] = queue.Queue(maxsize=_STREAM_CHUNKS)
+        self._queue: queue.Queue[HostChunk | None] = queue.Queue(maxsize=_STREAM_CHUNKS)
         self._closed = threading.Event()
 
-    def put(self, chunk: Pixels | torch.Tensor) -> None:
+    def put(self, chunk: HostChunk) -> None:
         """Hands a chunk on; waits while the encoder is behind.
 
         Raises:
@@ -112,7 +143,7 @@ class ChunkStream:
         """Gives the stream up, from either end."""
         self._closed.set()
 
-    def __iter__(self) -> Iterator[Pixels | torch.Tensor]:
+    def __iter__(self) -> Iterator[HostChunk]:
         while True:
             try:
                 chunk = self._queue.get(timeout=0.1)
@@ -124,7 +155,7 @@ class ChunkStream:
                 return
             yield chunk
 
-    def _put(self, item: Pixels | torch.Tensor | None) -> None:
+    def _put(self, item: HostChunk | None) -> None:
         while not self._closed.is_set():
             try:
                 return self._queue.put(item, timeout=0.1)
@@ -145,7 +176,6 @@ class Work:
     timings_s: dict[str, float] = field(default_factory=dict)
     #: Facts of the decode for the result record.
     decoded_by: dict[str, object] = field(default_factory=dict)
-    stream: ChunkStream = field(default_factory=ChunkStream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +191,7 @@ def classify(error: BaseException) -> LatentqError:
     if isinstance(error, LatentqError):
         return error
     text = str(error) or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in text for sign in _NO_MEMORY):
         return OutOfMemory(f"out of memory while decoding: {text.splitlines()[0][:300]}")
     return DecodeFailed(f"decoding raised {type(error).__name__}: {text[:500]}")
 

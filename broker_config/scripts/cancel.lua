@@ -1,10 +1,12 @@
 -- ARGV: id, execution ('' for anyone outside the worker). Queued jobs end at once; a running one is marked and
 -- its worker ends it between two stages by calling this again with its execution.
--- Returns 'canceled' | 'requested' | the terminal state it already has | 'unknown'.
+-- Returns 'canceled' | 'requested' | the terminal state it already has | 'lost' (not this execution's any more) |
+-- 'unknown'.
 local rec = record(ARGV[1])
 if not rec then return 'unknown' end
 if rec.state ~= 'queued' and rec.state ~= 'processing' then return rec.state end
-if rec.state == 'queued' or (ARGV[2] ~= '' and rec.execution == ARGV[2]) then
+if ARGV[2] ~= '' and rec.execution ~= ARGV[2] then return 'lost' end
+if rec.state == 'queued' or ARGV[2] ~= '' then
   call('ZREM', P .. 'parked', rec.id)
   finish(rec, 'canceled', now_ms())
   return 'canceled'

@@ -1,11 +1,13 @@
 -- Takes the head of a queue and, when allowed, the jobs behind it in the same bucket.
 -- ARGV: token, worker, lease_ms, max_jobs, max_px, window, ageing_ms, schema_version, deadline_exc,
---   default mode, then for each VAE: its name. Queues of a VAE are tried high, normal, low.
+--   default mode, foreign_exc, foreign_ttl_ms, then for each VAE: its name. Queues of a VAE are tried high,
+--   normal, low.
 -- The token makes it safe to send again: the same token gets the same answer.
 -- Returns {{id, message, rq_data, attempt, crashes}, …}
 local token, worker, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local max_jobs, max_px, window = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local ageing_ms, schema, deadline_exc = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
+local foreign_exc, foreign_ttl_ms = ARGV[11], tonumber(ARGV[12])
 local memo = P .. 'claim:' .. worker
 local now = now_ms()
 
@@ -25,37 +27,65 @@ local last = call('HMGET', memo, 'token', 'ids')
 if last[1] == token then return answer(cjson.decode(last[2])) end
 if call('EXISTS', RQ .. 'suspended') == 1 then return {} end
 
+-- A job that someone enqueued here with RQ itself: nobody can run it, so it fails, as RQ's own worker would fail it.
+local function fail_foreign(queue, id)
+  local job, results = RQ .. 'job:' .. id, RQ .. 'results:' .. id
+  local own_ttl = tonumber(call('HGET', job, 'failure_ttl'))
+  local ttl = own_ttl and own_ttl > 0 and own_ttl * 1000 or foreign_ttl_ms
+  call('HSET', job, 'status', 'failed', 'ended_at', utc(now))
+  call('PEXPIRE', job, int(ttl))
+  call('ZADD', RQ .. 'failed:' .. queue, int((now + ttl) / 1000), id)
+  call('XADD', results, 'MAXLEN', '10', '*', 'type', RQ_RESULT.failed, 'worker_name', worker, 'exc_string', foreign_exc)
+  call('PEXPIRE', results, int(ttl))
+end
+
+local function too_new(rec) return tonumber(rec.schema) > schema end
+
+local function too_late(rec)
+  return rec.deadline_ms and tonumber(rec.deadline_ms) < now and (rec.attempts or '0') == '0'
+end
+
 -- The first id of a queue that may run. Takes off what may not: ids whose job is not queued (a duplicate, a
--- job someone ended), jobs whose start deadline passed, jobs that need a newer worker.
-local function head_of(queue)
+-- job someone ended), jobs whose start deadline passed, jobs that need a newer worker, jobs that are not ours. Not
+-- too many at once: nobody else is served meanwhile, and ending a job takes some thirty commands.
+local drops_left = 100
+local function head_of(queue, vae)
   local key = RQ .. 'queue:' .. queue
   while true do
     local id = call('LINDEX', key, 0)
     if not id then return nil end
     local rec = record(id)
     local status = call('HGET', RQ .. 'job:' .. id, 'status')
-    if not rec or rec.state ~= 'queued' or status ~= 'queued' then
+    local runs = rec and rec.state == 'queued' and status == 'queued' and not too_new(rec) and not too_late(rec)
+    if runs then return rec end
+    if drops_left == 0 then
+      ring(vae)
+      return nil
+    end
+    drops_left = drops_left - 1
+    if not rec and status == 'queued' then
       call('LPOP', key)
-    elseif tonumber(rec.schema) > schema then
+      fail_foreign(queue, id)
+    elseif not rec or rec.state ~= 'queued' or status ~= 'queued' then
+      call('LPOP', key)
+    elseif too_new(rec) then
       call('LPOP', key)
       call('ZADD', P .. 'parked', rec.schema, id)
-    elseif rec.deadline_ms and tonumber(rec.deadline_ms) < now and (rec.attempts or '0') == '0' then
+    else
       call('RPUSH', P .. 'attempts:' .. id, cjson.encode({ code = 'start_deadline_passed', attempt = 0,
         message = 'no worker started the job within start_within_s', at_ms = now }))
       call('HINCRBY', P .. 'job:' .. id, 'errors', 1)
       finish(rec, 'failed', now, 'exc_string', deadline_exc)
-    else
-      return rec
     end
   end
 end
 
 local best, best_rank
-for i = 11, #ARGV do
+for i = 13, #ARGV do
   local vae = ARGV[i]
   if call('SISMEMBER', P .. 'paused', vae) == 0 then
     for rank, priority in ipairs({ 'high', 'normal', 'low' }) do
-      local rec = head_of('latentq.' .. vae .. '.' .. priority)
+      local rec = head_of('latentq.' .. vae .. '.' .. priority, vae)
       if rec then
         local effective = now - tonumber(rec.submitted_ms) > ageing_ms and 0 or rank
         if not best or effective < best_rank
@@ -76,7 +106,7 @@ if mode == 'fast' and max_jobs > 1 and (best.crashes or '0') == '0' then
     if #chosen >= max_jobs then break end
     local rec = record(id)
     if rec and rec.state == 'queued' and rec.bucket == best.bucket and (rec.crashes or '0') == '0'
-      and px + tonumber(rec.px) <= max_px
+      and px + tonumber(rec.px) <= max_px and not too_new(rec) and not too_late(rec)
       and call('HGET', RQ .. 'job:' .. id, 'status') == 'queued' then
       local twice = false
       for _, other in ipairs(chosen) do twice = twice or other.id == id end

@@ -4,7 +4,7 @@
 local id, execution = ARGV[1], ARGV[2]
 local rec = record(id)
 local word = fence(rec, execution)
-if word == 'ended' and rec.state == 'succeeded' then return 'already' end
+if word == 'ended' and (rec.state == 'succeeded' or rec.outcome == 'succeeded') then return 'already' end
 if word ~= 'mine' then return 'lost' end
 local now = now_ms()
 local names = cjson.decode(ARGV[5])
@@ -12,5 +12,6 @@ for _, name in ipairs(names) do
   if call('EXISTS', P .. 'blob:' .. name) == 0 then return 'artifact_missing' end
 end
 for _, name in ipairs(names) do own(name, id, int(now + tonumber(rec.retention_ms))) end
+revive(rec)
 finish(rec, 'succeeded', now, 'return_value', ARGV[4], ARGV[3])
 return 'completed'

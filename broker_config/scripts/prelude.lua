@@ -39,10 +39,9 @@ local function record(id)
   return rec.state and rec or nil
 end
 
--- Says until when `id` needs blob `name` (nil: no longer), and lets the blob live exactly that long.
-local function own(name, id, until_ms)
+-- Lets blob `name` live exactly as long as its last owner needs it; without owners, no longer.
+local function settle(name)
   local key, blob = P .. 'owners:' .. name, P .. 'blob:' .. name
-  if until_ms then call('ZADD', key, until_ms, id) else call('ZREM', key, id) end
   local last = call('ZREVRANGE', key, 0, 0, 'WITHSCORES')
   if #last == 0 then
     call('UNLINK', key, blob)
@@ -54,6 +53,12 @@ local function own(name, id, until_ms)
     call('PEXPIRE', key, int(ttl))
     call('PEXPIRE', blob, int(ttl))
   end
+end
+
+-- Says until when `id` needs blob `name`; nil: no longer.
+local function own(name, id, until_ms)
+  if until_ms then call('ZADD', P .. 'owners:' .. name, until_ms, id) else call('ZREM', P .. 'owners:' .. name, id) end
+  settle(name)
 end
 
 local function ring(vae)
@@ -76,14 +81,17 @@ local function drop_execution(rec)
   end
 end
 
--- queued: the id goes back into its queue (`side`: LPUSH = next, RPUSH = last). `execution`: the attempt that
--- may still take the job up again (it was cut off, not given up); '' for none.
-local function requeue(rec, side, now, execution)
-  drop_execution(rec)
-  call('HSET', P .. 'job:' .. rec.id, 'state', 'queued', 'queued_ms', int(now), 'stage', '', 'execution', execution)
-  call('HSET', RQ .. 'job:' .. rec.id, 'status', 'queued')
-  call(side, RQ .. 'queue:' .. rec.rq_queue, rec.id)
-  ring(rec.vae)
+-- Writes fields of RQ's hash, unless someone deleted it: a hash with these fields alone would have no TTL, and
+-- RQ could not read it.
+local function rq_set(id, ...)
+  if call('EXISTS', RQ .. 'job:' .. id) == 1 then call('HSET', RQ .. 'job:' .. id, ...) end
+end
+
+-- Takes an ended job off the registries it may be in (RQ's tools move jobs without asking us).
+local function unlist(rec)
+  for _, registry in ipairs({ 'finished', 'failed', 'canceled' }) do
+    call('ZREM', RQ .. registry .. ':' .. rec.rq_queue, rec.id)
+  end
 end
 
 local RQ_STATUS = { succeeded = 'finished', failed = 'failed', canceled = 'canceled' }
@@ -109,10 +117,13 @@ local function finish(rec, state, now, rq_field, rq_value, result)
   call('HINCRBY', TOTALS, 'reserved_bytes', -tonumber(rec.reserved_bytes))
 
   local queue = rec.rq_queue
-  call('HSET', rq_job, 'status', RQ_STATUS[state], 'ended_at', utc(now), 'last_heartbeat', utc(now))
-  call('PEXPIRE', rq_job, int(retention))
-  local score = state == 'canceled' and int(now / 1000) or int(ends / 1000)
-  call('ZADD', RQ .. RQ_STATUS[state] .. ':' .. queue, score, id)
+  unlist(rec)
+  if call('EXISTS', rq_job) == 1 then
+    rq_set(id, 'status', RQ_STATUS[state], 'ended_at', utc(now), 'last_heartbeat', utc(now))
+    call('PEXPIRE', rq_job, int(retention))
+    local score = state == 'canceled' and int(now / 1000) or int(ends / 1000)
+    call('ZADD', RQ .. RQ_STATUS[state] .. ':' .. queue, score, id)
+  end
   local entry = { 'type', RQ_RESULT[state], 'worker_name', rec.worker or '' }
   if rq_value then
     entry[#entry + 1] = rq_field
@@ -142,4 +153,33 @@ local function fence(rec, execution)
   if rec.execution ~= execution then return 'lost' end
   if rec.state == 'processing' or rec.state == 'queued' then return 'mine' end
   return 'ended'
+end
+
+-- queued: the id goes back into its queue (`side`: LPUSH = next, RPUSH = last). `execution`: the attempt that
+-- may still take the job up again (it was cut off, not given up); '' for none. A job that someone canceled
+-- meanwhile, through us or with RQ's own tools, ends instead. Returns 'queued' or 'canceled'.
+local function requeue(rec, side, now, execution)
+  local status = call('HGET', RQ .. 'job:' .. rec.id, 'status')
+  if rec.cancel == '1' or not status or status == 'canceled' or status == 'stopped' then
+    finish(rec, 'canceled', now)
+    return 'canceled'
+  end
+  drop_execution(rec)
+  unlist(rec)
+  call('HSET', P .. 'job:' .. rec.id, 'state', 'queued', 'queued_ms', int(now), 'stage', '', 'done', '0', 'total', '0',
+    'execution', execution)
+  call('HSET', RQ .. 'job:' .. rec.id, 'status', 'queued')
+  call('PERSIST', RQ .. 'job:' .. rec.id)
+  call(side, RQ .. 'queue:' .. rec.rq_queue, rec.id)
+  ring(rec.vae)
+  return 'queued'
+end
+
+-- An attempt that was given up for dead speaks again, and nobody claimed the job since: its process did not die,
+-- so the crash that was counted is taken back.
+local function revive(rec)
+  if rec.state ~= 'queued' or rec.crashed_execution ~= rec.execution then return end
+  call('HINCRBY', P .. 'job:' .. rec.id, 'crashes', -1)
+  call('HDEL', P .. 'job:' .. rec.id, 'crashed_execution')
+  call('RPOP', P .. 'attempts:' .. rec.id)
 end

@@ -1,7 +1,7 @@
 -- Returns jobs whose lease ended. ARGV: janitor, run_id of the broker, lease_ms, quiet_ms, max_crashes,
 -- crash exc_string, limit. Nothing expires for one lease length after the broker restarted or after nobody
 -- reaped for `quiet_ms`: then the silence may have been ours, not the worker's.
--- Returns {'grace', ms left} | {'reaped', id, what, …} with what = requeued | crashed | failed.
+-- Returns {'grace', ms left} | {'reaped', id, what, …} with what = requeued | crashed | failed | canceled.
 local janitor, run_id, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local quiet_ms, max_crashes, crash_exc = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local now, key = now_ms(), P .. 'reaper'
@@ -21,6 +21,7 @@ for _, id in ipairs(call('ZRANGEBYSCORE', LEASES, '-inf', int(now), 'LIMIT', 0, 
     local what = 'requeued'
     if rec.stage == 'device' then
       local crashes = call('HINCRBY', P .. 'job:' .. id, 'crashes', 1)
+      call('HSET', P .. 'job:' .. id, 'crashed_execution', rec.execution)
       what = 'crashed'
       call('RPUSH', P .. 'attempts:' .. id, cjson.encode({ code = 'worker_crashed', worker = rec.worker,
         attempt = tonumber(rec.attempts), at_ms = now,
@@ -29,11 +30,8 @@ for _, id in ipairs(call('ZRANGEBYSCORE', LEASES, '-inf', int(now), 'LIMIT', 0, 
     end
     if what == 'failed' then
       finish(rec, 'failed', now, 'exc_string', crash_exc)
-    elseif rec.cancel == '1' then
+    elseif requeue(rec, 'LPUSH', now, rec.execution) == 'canceled' then
       what = 'canceled'
-      finish(rec, 'canceled', now)
-    else
-      requeue(rec, 'LPUSH', now, rec.execution)
     end
     out[#out + 1] = id
     out[#out + 1] = what

@@ -5,8 +5,7 @@ for i = #ARGV - 1, 1, -2 do
   local rec = record(ARGV[i])
   if fence(rec, ARGV[i + 1]) == 'mine' and rec.state == 'processing' then
     call('HINCRBY', P .. 'job:' .. rec.id, 'attempts', -1)
-    requeue(rec, 'LPUSH', now, '')
-    count = count + 1
+    if requeue(rec, 'LPUSH', now, '') == 'queued' then count = count + 1 end
   end
 end
 return count

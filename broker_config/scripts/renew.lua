@@ -13,13 +13,14 @@ for i = 3, #ARGV, 5 do
     if rec.state == 'queued' then
       word = 'adopted'
       call('LREM', RQ .. 'queue:' .. rec.rq_queue, 1, id)
+      revive(rec)
       call('HSET', P .. 'job:' .. id, 'state', 'processing')
-      call('HSET', RQ .. 'job:' .. id, 'status', 'started')
+      rq_set(id, 'status', 'started')
     end
-    if rec.cancel == '1' then word = 'cancel' end
+    if rec.cancel == '1' or call('HGET', RQ .. 'job:' .. id, 'status') == 'canceled' then word = 'cancel' end
     call('HSET', P .. 'job:' .. id, 'stage', stage, 'done', done, 'total', total)
     call('ZADD', LEASES, int(now + lease_ms), id)
-    call('HSET', RQ .. 'job:' .. id, 'last_heartbeat', utc(now))
+    rq_set(id, 'last_heartbeat', utc(now))
     call('ZADD', RQ .. 'wip:' .. rec.rq_queue, '+inf', id .. ':' .. execution)
     call('HSET', RQ .. 'execution:' .. id .. ':' .. execution, 'id', execution, 'job_id', id, 'created_at',
       string.format('%.3f', tonumber(rec.started_ms) / 1000), 'last_heartbeat', at, 'worker_name', worker)

@@ -24,11 +24,12 @@ for _, id in ipairs(ids) do
       end
       local job = P .. 'job:' .. id
       call('HSET', job, 'state', 'expired', 'outcome', rec.state)
-      call('HDEL', job, 'message', 'result', 'bucket', 'execution', 'stage')
-      if early then call('PEXPIRE', job, rec.tombstone_ms) end
-      for _, registry in ipairs({ 'finished', 'failed', 'canceled' }) do
-        call('ZREM', RQ .. registry .. ':' .. rec.rq_queue, id)
+      call('HDEL', job, 'message', 'result', 'bucket', 'stage')
+      if early then
+        call('PEXPIRE', job, rec.tombstone_ms)
+        call('PEXPIRE', P .. 'attempts:' .. id, rec.tombstone_ms)
       end
+      unlist(rec)
       call('UNLINK', RQ .. 'job:' .. id, RQ .. 'results:' .. id)
     end
   elseif not rec then

@@ -7,24 +7,33 @@ local job, rq_job = P .. 'job:' .. id, RQ .. 'job:' .. id
 
 local known = call('HMGET', job, 'hash', 'state')
 if known[1] then
+  settle(blob) -- a replay has just stored it again, for a job that may no longer need it
   if known[1] == hash then return { 'exists', known[2] } end
   return { 'conflict' }
 end
 if call('EXISTS', rq_job) == 1 then return { 'conflict' } end
 
+-- What is refused must not fill a broker that is full; a caller who keeps trying finds the blob still there.
+local function full(reason)
+  if in_redis and call('ZCARD', P .. 'owners:' .. blob) == 0 then
+    call('PEXPIRE', P .. 'blob:' .. blob, limits.refused_ms)
+  end
+  return { 'full', reason }
+end
+
 local rec = {}
 for i = 7, 6 + fields, 2 do rec[ARGV[i]] = ARGV[i + 1] end
 local totals = call('HMGET', TOTALS, 'jobs', 'latents_bytes', 'reserved_bytes')
-if (tonumber(totals[1]) or 0) + 1 > limits.jobs then return { 'full', 'jobs' } end
+if (tonumber(totals[1]) or 0) + 1 > limits.jobs then return full('jobs') end
 if (tonumber(totals[2]) or 0) + tonumber(rec.latents_bytes) > limits.latents_bytes then
-  return { 'full', 'latents' }
+  return full('latents')
 end
 local memory = call('INFO', 'memory')
 local cap = tonumber(string.match(memory, '\nmaxmemory:(%d+)')) or 0
 if cap > 0 then
   local used = tonumber(string.match(memory, 'used_memory:(%d+)'))
   local reserved = (tonumber(totals[3]) or 0) + tonumber(rec.reserved_bytes)
-  if used + reserved > cap * limits.watermark then return { 'full', 'memory' } end
+  if used + reserved > cap * limits.watermark then return full('memory') end
 end
 if in_redis then
   if call('EXISTS', P .. 'blob:' .. blob) == 0 then return { 'blob_missing' } end

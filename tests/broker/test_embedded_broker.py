@@ -553,6 +553,8 @@ def test_a_broker_that_hangs_is_not_taken_for_none(
         try:
             with pytest.raises(BrokerUnreachable, match=f"pid {pid}"):
                 find_running(data_dir)
+            with pytest.raises(ConfigurationError, match=f"pid {pid}.* does not answer"):
+                EmbeddedBroker(data_dir, binary=binary).start()
         finally:
             os.kill(pid, signal.SIGCONT)
 

@@ -1,0 +1,90 @@
+"""The README is true: its blocks run as a reader would run them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from broker_config.embedded_broker import find_running
+from broker_config.tensor_header import write_header
+from tests.support.processes import ROOT
+from tests.support.wait import wait_until
+
+README = (ROOT / "README.md").read_text()
+LATENTQ = str(Path(sys.executable).parent / "latentq")
+
+
+def blocks(language: str) -> list[str]:
+    """Code blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
+    """`latentq up --vae demo`, as the README starts it, with a data folder of its own."""
+    folder = tmp_path_factory.mktemp("readme")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LATENTQ_")}
+    environment |= {"LATENTQ_DATA_DIR": str(folder / "data"), "PATH": f"{Path(LATENTQ).parent}:{os.environ['PATH']}"}
+    command = blocks("bash")[0].split("#")[0].split()
+    assert command[:2] == ["latentq", "up"]
+    with (folder / "up.log").open("wb") as log:
+        process = subprocess.Popen([LATENTQ, *command[1:]], env=environment, stdout=log, stderr=log, cwd=folder)
+    try:
+
+        def running() -> bool:
+            assert process.poll() is None, (folder / "up.log").read_text()
+            return find_running(folder / "data" / "broker") is not None
+
+        wait_until(running, timeout_s=60, what="latentq up")
+        yield folder, environment
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, (folder / "up.log").read_text()
+
+
+def test_the_python_block_runs(stack: tuple[Path, dict[str, str]]) -> None:
+    folder, environment = stack
+    (block,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", block], env=environment, cwd=folder, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "(1, 3, 256, 384)"
+    assert (folder / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_shell_block_runs(stack: tuple[Path, dict[str, str]]) -> None:
+    folder, environment = stack
+    latents = np.zeros((1, 16, 16, 16), dtype=np.float16)
+    (folder / "latents.safetensors").write_bytes(write_header("float16", latents.shape) + latents.tobytes())
+    job_id = "ID"
+    for line in blocks("bash")[1].splitlines():
+        command = line.split("#")[0].split()
+        arguments = [job_id if part == "ID" else part for part in command[1:]]
+        done = subprocess.run(
+            [LATENTQ, *arguments], env=environment, cwd=folder, capture_output=True, text=True, timeout=150
+        )
+        assert done.returncode == 0, (line, done.stderr)
+        if command[1] == "submit":
+            job_id = done.stdout.split()[0]
+
+
+def test_the_catalogue_block_is_a_catalogue(tmp_path: Path) -> None:
+    from broker_config.vae_catalog import VaeCatalog
+
+    (block,) = blocks("toml")
+    (tmp_path / "own.toml").write_text(block)
+    assert VaeCatalog.load(tmp_path / "own.toml")["mine"].channels == 4
+
+
+def test_every_file_the_readme_links_to_exists() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

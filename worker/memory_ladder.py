@@ -1,0 +1,181 @@
+"""How a decode gets by with the memory there is: an estimate before it, and rungs to climb when it was wrong.
+
+The estimate is bytes of working memory for each decoded pixel, for each VAE and dtype: at first a published figure,
+then the largest that was measured here. It decides how many items one call of the VAE takes. When a decode runs out
+of memory all the same, the next rung is tried, each giving up a little more:
+
+    plain        every item in one call, as the pipeline does
+    split        fewer items a call, down to one (what `enable_slicing` does; last bits may differ from plain)
+    low_memory   the low-memory decoder, exact, where there is one for the VAE
+    tiled        diffusers' tiling: not exact, only where the job allows it
+
+Before the first other rung the cache is emptied and every other VAE is evicted. The rung is recorded in the result.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+import torch
+
+#: Working memory ÷ the largest full-resolution activation. CPU: 1,012 MB ÷ 268 MB for SD's VAE at 512² in float32.
+#: CUDA: 2200 elements a pixel (reserved; InvokeAI vae_working_memory.py) ÷ its 256 channels: cuDNN takes workspaces.
+_ACTIVATIONS_CPU: Final = 4.0
+_ACTIVATIONS_CUDA: Final = 8.6
+#: Channels at full resolution when a config does not tell: those of the widest family, AutoencoderKL.
+_CHANNELS_UNKNOWN: Final = 256
+#: Part of the free memory a plan may use: fragmentation and what other threads take meanwhile.
+_USABLE: Final = 0.85
+
+
+class Rung(StrEnum):
+    """One way to decode."""
+
+    PLAIN = "plain"
+    SPLIT = "split"
+    LOW_MEMORY = "low_memory"
+    TILED = "tiled"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class How:
+    """How a decode is to be run."""
+
+    rung: Rung
+    #: Items (pictures, or clips of a video VAE) in one call of the VAE.
+    items_per_call: int
+
+
+def rungs(*, items: int, first: int, low_memory: bool, tiling_allowed: bool) -> Iterator[How]:
+    """Ways to decode `items`, the best first.
+
+    Args:
+        items: pictures or clips of the job.
+        first: items one call takes to begin with, by the estimate.
+        low_memory: whether there is a low-memory decoder for the VAE.
+        tiling_allowed: whether the job allows a decode that is not exact.
+    """
+    per_call = max(1, min(first, items))
+    yield How(rung=Rung.PLAIN if per_call == items else Rung.SPLIT, items_per_call=per_call)
+    while per_call > 1:
+        per_call = (per_call + 1) // 2
+        yield How(rung=Rung.SPLIT, items_per_call=per_call)
+    if low_memory:
+        yield How(rung=Rung.LOW_MEMORY, items_per_call=1)
+    if tiling_allowed:
+        yield How(rung=Rung.TILED, items_per_call=1)
+
+
+def first_guess(config: Any, *, device: torch.device, dtype: torch.dtype) -> float:
+    """Working bytes for each decoded pixel, for a VAE never measured here.
+
+    Args:
+        config: the VAE's config; the last up block of AutoencoderKL takes `block_out_channels[1]` channels at full
+            resolution (autoencoders/vae.py `Decoder.__init__`).
+        device: where it decodes.
+        dtype: of its weights.
+    """
+    widths = list(config.get("block_out_channels") or ())
+    channels = max(widths[:2]) if widths else _CHANNELS_UNKNOWN
+    activations = _ACTIVATIONS_CUDA if device.type == "cuda" else _ACTIVATIONS_CPU
+    return float(activations * channels * dtype.itemsize)
+
+
+class MemoryModel:
+    """Working memory of decodes, by VAE and dtype. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._measured: dict[tuple[str, torch.dtype], float] = {}
+
+    def bytes_per_px(self, vae: str, *, dtype: torch.dtype, guess: float) -> float:
+        """Working bytes for each decoded pixel: the largest measured, else `guess`."""
+        with self._lock:
+            return self._measured.get((vae, dtype), guess)
+
+    def learn(self, vae: str, *, dtype: torch.dtype, pixels: int, used_bytes: int) -> None:
+        """Takes in what one call used; the largest ratio seen counts."""
+        if pixels < 1 or used_bytes < 1:
+            return
+        with self._lock:
+            seen = self._measured.get((vae, dtype), 0.0)
+            self._measured[vae, dtype] = max(seen, used_bytes / pixels)
+
+
+def items_that_fit(*, bytes_per_px: float, pixels_per_item: int, free: int) -> int:
+    """Items one call may take with `free` bytes; at least 1, since only trying tells."""
+    return max(1, int(free * _USABLE / max(1.0, bytes_per_px * pixels_per_item)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory a decode may still take on `device`: what the driver has free and torch has cached, or the host's."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        with open("/proc/self/statm", encoding="ascii") as sizes:
+            used = int(sizes.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        free = min(free, max(0, limit - used))
+    return free
+
+
+class Meter:
+    """`with Meter(device) as m: …` then `m.used_bytes`: the most a block held above what was held before it.
+
+    Only CUDA counts its allocations; on a CPU nothing is measured and the first guess stays.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.used_bytes = 0
+
+    def __enter__(self) -> Meter:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            self.used_bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+def make_room(device: torch.device, *, evict: Callable[[], int]) -> int:
+    """Frees what can be freed without a decode losing anything. Returns how many VAEs were evicted.
+
+    Call it after the error's handler was left: a traceback keeps the tensors of its frames alive.
+    """
+    evicted = evict()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return evicted
+
+
+class tiled:
+    """Switches diffusers' tiling on for a block, and back to what it was."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+        self._before = bool(getattr(vae, "use_tiling", False))
+
+    def __enter__(self) -> None:
+        self._vae.enable_tiling()
+
+    def __exit__(self, *_: object) -> None:
+        if not self._before:
+            self._vae.disable_tiling()
