@@ -1,0 +1,112 @@
+"""Jobs/s through the queue ÷ a bare loop of decode then encode on the same VAE, core and thread count."""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from benchmarks.harness import ROOT, Bench, bench, on_core, write_result
+
+_DEMO = ROOT / "worker" / "demo_vae"
+
+
+def full_size_sd(folder: Path) -> Path:
+    """SD's VAE at full size with random weights: time does not depend on them."""
+    torch.manual_seed(0)
+    autoencoder: Any = AutoencoderKL
+    vae = autoencoder(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    )
+    vae.save_pretrained(folder / "sd")
+    catalog = folder / "catalog.toml"
+    catalog.write_text(
+        f'[sd]\ntitle = "random"\nweights = "{folder / "sd"}"\nvae_class = "AutoencoderKL"\nchannels = 4\n'
+        'spatial = 8\nlayouts = ["unpacked"]\n'
+    )
+    return catalog
+
+
+def bare(running: Bench, *, weights: Path, channels: int, side: int, jobs: int) -> float:
+    """Jobs/s of the bare loop."""
+    command = [sys.executable, "-m", "benchmarks.bare_loop", "--weights", str(weights), "--channels", str(channels)]
+    command += ["--side", str(side), "--jobs", str(jobs)]
+    process = on_core(running.cores.worker, command, running.environment, stdout=subprocess.PIPE)
+    out, _ = process.communicate()
+    result = json.loads(out.splitlines()[-1])
+    return float(result["jobs"] / result["seconds"])
+
+
+def queued(running: Bench, *, vae: str, channels: int, side: int, jobs: int) -> tuple[float, float]:
+    """Jobs/s of a backlog through the queue, between the first and the last end; and the device's share of waiting."""
+    client = running.client
+    latents = np.random.default_rng(0).standard_normal((1, channels, side // 8, side // 8)).astype(np.float32)
+    handles = [client.submit(latents, vae=vae, output="png", provenance=False) for _ in range(jobs + 1)]
+    list(client.as_completed(handles))
+    snapshots = client.store.snapshots([job.id for job in handles])
+    ends = sorted(snapshot.ended_ms for snapshot in snapshots)
+    decode_s = sum(s.result.timings_s["decode"] + s.result.timings_s["encode"] for s in snapshots if s.result)
+    wall_s = (ends[-1] - ends[0]) / 1000
+    return jobs / wall_s, 1 - decode_s / jobs * (jobs + 1) / (jobs + 1) / wall_s
+
+
+def compare(
+    running: Bench, *, vae: str, weights: Path, channels: int, side: int, jobs: int, rounds: int
+) -> dict[str, Any]:
+    """Rounds of bare loop and queue in turn, on the same core; the worker is stopped while the loop runs."""
+    loops, queues = [], []
+    with running.worker("--vae", vae, "--threads", "1", vae=vae) as worker:
+        queued(running, vae=vae, channels=channels, side=side, jobs=2)
+        for _ in range(rounds):
+            worker.send_signal(signal.SIGSTOP)
+            try:
+                loops.append(bare(running, weights=weights, channels=channels, side=side, jobs=jobs))
+            finally:
+                worker.send_signal(signal.SIGCONT)
+            time.sleep(1.0)  # leases of nothing: the worker renews and beats again
+            queues.append(queued(running, vae=vae, channels=channels, side=side, jobs=jobs)[0])
+    ratios = [through / loop for through, loop in zip(queues, loops, strict=True)]
+    return {
+        "side_px": side,
+        "jobs": jobs,
+        "bare_jobs_per_s": loops,
+        "queue_jobs_per_s": queues,
+        "ratio_median": statistics.median(ratios),
+        "ratios": ratios,
+        "bar": 0.95,
+    }
+
+
+def main() -> dict[str, Any]:
+    """Runs both VAEs and stores the figures."""
+    with tempfile.TemporaryDirectory(prefix="latentq-bench-sd-") as folder:
+        catalog = full_size_sd(Path(folder))
+        channels = json.loads((_DEMO / "config.json").read_text())["latent_channels"]
+        with bench(catalog) as running:
+            figures = {
+                "demo": compare(running, vae="demo", weights=_DEMO, channels=channels, side=256, jobs=30, rounds=3),
+                "sd_full_size": compare(
+                    running, vae="sd", weights=Path(folder) / "sd", channels=4, side=256, jobs=5, rounds=3
+                ),
+            }
+    write_result("throughput", figures)
+    return figures
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(), indent=2))
