@@ -27,7 +27,8 @@ def _image_vae(channels: int, **config: Any) -> Any:
 
 
 def _hunyuan_video() -> Any:
-    return AutoencoderKLHunyuanVideo(
+    autoencoder: Any = AutoencoderKLHunyuanVideo
+    return autoencoder(
         in_channels=3,
         out_channels=3,
         latent_channels=16,

@@ -1,0 +1,156 @@
+"""Running out of memory costs time, not jobs: tested with an allocator that really is capped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.support.processes import ROOT
+from worker.memory_ladder import How, MemoryModel, Rung, first_guess, items_that_fit, rungs
+
+#: Decodes a batch with the address space capped at what plain decode lacks, and prints how it went.
+_CAPPED = """
+import json, os, resource, sys, threading, queue
+import torch
+torch.set_num_threads(1)
+from diffusers import AutoencoderKL
+from broker_config.vae_catalog import VaeEntry
+from broker_config.messages import BlobRef, DecodeRequest, Output
+from broker_config.job_store import Claim
+from worker.batch_decode import BatchDecoder
+from worker.device_stage import DeviceStage
+from worker.stages import Stopwatch, Work
+from worker.vae_pool import LoadedVae
+
+items, side, headroom = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+torch.manual_seed(0)
+vae = AutoencoderKL(
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(32, 64, 64, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+    mid_block_add_attention=False,
+).eval()
+entry = VaeEntry(
+    name="t", title="t", weights="/t", vae_class="AutoencoderKL", channels=4, spatial=8, layouts=["unpacked"])
+loaded = LoadedVae(
+    entry=entry, module=vae, dtype=torch.float32, device=torch.device("cpu"), weights={}, size_bytes=0)
+latents = torch.randn(items, 4, side // 8, side // 8)
+with torch.inference_mode():
+    vae.decode(torch.randn(1, 4, 8, 8))
+    one_by_one = [vae.decode(item[None] / vae.config.scaling_factor, return_dict=False)[0] for item in latents]
+    expected = torch.cat(one_by_one)
+request = DecodeRequest(
+    job_id="j", vae="t", layout="unpacked", latents=BlobRef(store="redis", name="n", sha256="0", size_bytes=1),
+    shape=tuple(latents.shape), dtype="float32", height=side, width=side, batch=items, num_frames=1, fps=1.0,
+    output=Output.TENSOR, timeout_s=60.0)
+got, failures = [], []
+
+class Reporter:
+    def skip(self, claim): return False
+    def fail(self, claim, failure, *, stage): failures.append(failure.error.code)
+
+class Leases:
+    def enter(self, *a, **k): pass
+    def tell(self, *a): pass
+
+def take(work, stream):
+    def drain():
+        for chunk in stream:
+            got.append(chunk.get())
+    thread = threading.Thread(target=drain); thread.start(); threads.append(thread)
+
+threads = []
+decoder = BatchDecoder(hand_on=take, on_progress=lambda *_: None, default_mode="exact")
+stage = DeviceStage(queue.Queue(), on_taken=lambda: None, decoder=decoder, reporter=Reporter(), leases=Leases(),
+                    evict_others=lambda name: evicted.append(name) or 0, stopwatch=Stopwatch())
+evicted = []
+stage.memory.learn("t", dtype=torch.float32, pixels=1 << 40, used_bytes=1)  # an estimate that is far too low
+used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+resource.setrlimit(resource.RLIMIT_AS, (used + headroom, used + headroom))
+work = Work(claim=Claim("j", "e", b"", b"", 1, 0), request=request, latents=latents)
+stage._bring_through(loaded, [work])
+for thread in threads: thread.join()
+print(json.dumps({"failures": failures, "evicted": len(evicted), "rung": str(work.decoded_by.get("rung")),
+                  "equal": bool(got) and bool(torch.allclose(got[-1], expected, atol=1e-5))}))
+"""
+
+
+def decode_capped(*, items: int, side: int, headroom_mb: int) -> dict[str, object]:
+    done = subprocess.run(
+        [sys.executable, "-c", _CAPPED, str(items), str(side), str(headroom_mb << 20)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_a_batch_that_does_not_fit_is_split_until_it_does() -> None:
+    # 64 channels × 512² × 4 bytes = 64 MiB an activation and picture; four pictures need some 800 MB, one some 200.
+    result = decode_capped(items=4, side=512, headroom_mb=500)
+    assert result == {"failures": [], "evicted": result["evicted"], "rung": Rung.SPLIT, "equal": True}
+    assert result["evicted"]  # other VAEs were asked to go first
+
+
+def test_what_fits_is_decoded_plain() -> None:
+    result = decode_capped(items=2, side=128, headroom_mb=900)
+    assert result == {"failures": [], "evicted": 0, "rung": Rung.PLAIN, "equal": True}
+
+
+def test_what_fits_on_no_rung_fails_with_its_own_code() -> None:
+    result = decode_capped(items=1, side=512, headroom_mb=60)
+    assert result["failures"] == ["out_of_memory"]
+
+
+@pytest.mark.parametrize(
+    ("items", "first", "tiling", "expected"),
+    [
+        (4, 9, False, [("plain", 4), ("split", 2), ("split", 1)]),
+        (5, 3, False, [("split", 3), ("split", 2), ("split", 1)]),
+        (1, 1, False, [("plain", 1)]),
+        (1, 1, True, [("plain", 1), ("tiled", 1)]),
+    ],
+)
+def test_rungs_give_up_a_little_more_each_time(
+    items: int, first: int, tiling: bool, expected: list[tuple[str, int]]
+) -> None:
+    ways = rungs(items=items, first=first, low_memory=False, tiling_allowed=tiling)
+    assert [(str(how.rung), how.items_per_call) for how in ways] == expected
+
+
+def test_the_low_memory_rung_comes_before_tiles() -> None:
+    ways = list(rungs(items=1, first=1, low_memory=True, tiling_allowed=True))
+    assert ways == [
+        How(rung=Rung.PLAIN, items_per_call=1),
+        How(rung=Rung.LOW_MEMORY, items_per_call=1),
+        How(rung=Rung.TILED, items_per_call=1),
+    ]
+
+
+def test_an_estimate_gives_way_to_what_was_measured() -> None:
+    model = MemoryModel()
+    assert model.bytes_per_px("a", dtype=torch.float32, guess=4096.0) == 4096.0
+    model.learn("a", dtype=torch.float32, pixels=1000, used_bytes=5_000_000)
+    model.learn("a", dtype=torch.float32, pixels=1000, used_bytes=2_000_000)
+    assert model.bytes_per_px("a", dtype=torch.float32, guess=4096.0) == 5000.0
+    assert model.bytes_per_px("a", dtype=torch.float16, guess=2048.0) == 2048.0
+
+
+def test_the_first_guess_is_the_published_prototypes_memory() -> None:
+    """1,012 MB above weights for SD's VAE at 512² in float32, within a tenth."""
+    per_px = first_guess({"block_out_channels": (128, 256, 512, 512)}, device=torch.device("cpu"), dtype=torch.float32)
+    assert per_px * 512 * 512 == pytest.approx(1012e6, rel=0.1)
+
+
+def test_at_least_one_item_is_tried() -> None:
+    assert items_that_fit(bytes_per_px=4096, pixels_per_item=1 << 20, free=1) == 1
+    assert items_that_fit(bytes_per_px=1000, pixels_per_item=1000, free=10_000_000) == 8
