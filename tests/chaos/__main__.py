@@ -17,8 +17,8 @@ def show(report: Report, plan: Plan) -> None:
     for name, times in (("undisturbed", report.requeue_s), ("broker or janitor died too", report.requeue_disturbed_s)):
         if times:
             print(
-                f"kill → queued again, {name}: median {sorted(times)[len(times) // 2]:.1f} s, longest {max(times):.1f} s "
-                f"of {len(times)} (lease {plan.lease_s:.0f} s, bar {plan.lease_s + REQUEUE_SLACK_S:.0f} s)"
+                f"kill → queued again, {name}: median {sorted(times)[len(times) // 2]:.1f} s, "
+                f"longest {max(times):.1f} s of {len(times)} (lease {plan.lease_s:.0f} s, bar {plan.lease_s + REQUEUE_SLACK_S:.0f} s)"
             )
     for problem in report.problems:
         print(f"PROBLEM {problem}")

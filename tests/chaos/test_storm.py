@@ -1,0 +1,18 @@
+"""A minute of `make chaos`, with a seed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos.__main__ import show
+from tests.chaos.storm import REQUEUE_SLACK_S, Plan, Storm
+
+
+@pytest.mark.timeout(600)
+def test_a_storm_loses_doubles_and_leaves_nothing() -> None:
+    plan = Plan(seed=20, jobs=150, kills=12, damaged=2, deadly=1, bound_s=280)
+    report = Storm(plan, say=print).run()
+    show(report, plan)
+    assert report.problems == []
+    assert report.outcomes == {"succeeded": plan.jobs - 3, "failed": 3}
+    assert all(took <= plan.lease_s + REQUEUE_SLACK_S for took in report.requeue_s), report.requeue_s
