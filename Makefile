@@ -9,7 +9,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup run test check fix clean
+.PHONY: help setup run test check fix bench chaos clean
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,12 @@ check: $(VENV)/.installed ## Lint, formatting, types, and who may import whom
 fix: $(VENV)/.installed ## Repair what ruff can repair by itself
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench: $(VENV)/.installed ## Measure: ratios against baselines of the same run, JSON in benchmarks/results/
+	$(BIN)/python -m benchmarks $(ARGS)
+
+chaos: $(VENV)/.installed ## Kill everything at random, 2,000 jobs long, and check that nothing is missing
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 clean: ## Remove everything that these targets made
 	rm -rf $(VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,8 +1,9 @@
 """Where latents and artifacts lie. Names are opaque; bytes are checked against their sha256 at every read.
 
-A blob is written before anyone owns it, under a provisional lifetime; the scripts take ownership
-(`scripts/prelude.lua`, `own`). Writing the same name again with the same bytes changes nothing, also after
-someone took ownership: `EXPIRE … GT` treats a key without TTL as infinite.
+`RedisBlobStore` keeps them in the broker; `tiered_blob_store` puts large ones elsewhere. A blob is written before
+anyone owns it, under a provisional lifetime; the scripts take ownership (`scripts/prelude.lua`, `own`). Writing the
+same name to Redis again with the same bytes changes nothing, also after someone took ownership: `EXPIRE … GT` treats
+a key without TTL as infinite.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class BlobStore(Protocol):
     """Stores bytes under opaque names."""
 
     def put(self, name: str, data: bytes) -> BlobRef:
-        """Stores `data`, provisionally. Safe to repeat."""
+        """Stores `data`, provisionally, and says where it lies (`name` may have become part of another). Repeatable."""
         ...
 
     def get(self, ref: BlobRef) -> bytes:
@@ -51,7 +52,7 @@ class RedisBlobStore:
             pipe.set(key, data, px=self._provisional_ms, nx=True)
             pipe.pexpire(key, self._provisional_ms, gt=True)
             pipe.execute()
-        return BlobRef(store=REDIS_STORE, name=name, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+        return draft(name, data)
 
     def get(self, ref: BlobRef) -> bytes:
         with broker_errors(self._connections.url):
@@ -60,6 +61,16 @@ class RedisBlobStore:
             raise BlobMissing(f"blob {ref.name} is gone: its retention ended or the broker lost its data")
         assert isinstance(data, bytes)
         return checked(ref, data)
+
+
+def draft(name: str, data: bytes) -> BlobRef:
+    """What a message says of `data` before it is stored. `put` decides where it lies: what that returns takes over."""
+    return BlobRef(store=REDIS_STORE, name=name, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+
+
+def address(ref: BlobRef) -> str:
+    """What the broker's scripts call a blob: its name, or `<store>/<name>` when it lies outside."""
+    return ref.name if ref.store == REDIS_STORE else f"{ref.store}/{ref.name}"
 
 
 def checked(ref: BlobRef, data: bytes) -> bytes:

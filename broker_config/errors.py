@@ -11,6 +11,7 @@
     ├── BrokerError                   the broker is configured, but does not serve us (retryable)
     │   ├── BrokerUnreachable
     │   ├── BrokerRefusesWrites       out of memory, disk full, read-only replica
+    │   ├── BlobStoreUnavailable      the folder or bucket of large blobs does not do what it should
     │   └── QueueFull                 admission is closed; carries retry_after_s
     ├── InvalidJob                    refused before anything is allocated (never retryable)
     │   ├── UnknownVae · UnknownLayout · InvalidOption
@@ -20,7 +21,7 @@
     ├── JobError                      about one job that exists, existed, or never did
     │   ├── JobNotFound · JobConflict · JobNotFinished · WaitTimeout
     │   └── JobFailed · JobCanceled · ResultExpired · WrongOutput
-    ├── BlobError                     BlobMissing · BlobCorrupt
+    ├── BlobError                     BlobMissing · BlobStoreUnknown · BlobCorrupt
     └── WorkerError                   an attempt failed in the worker
         ├── WeightsMissing · WeightsMismatch · DecodeFailed · NonFiniteOutput · OutOfMemory
         └── EncodeFailed · UnsupportedMessage · StartDeadlinePassed · JobTimedOut · WorkerCrashed
@@ -119,6 +120,12 @@ class BrokerRefusesWrites(BrokerError):
     """The broker refuses writes (memory or disk is full, or it is a replica); nothing was stored."""
 
     code = "broker_refuses_writes"
+
+
+class BlobStoreUnavailable(BrokerError):
+    """The store of large blobs does not do what it should; check its folder or service."""
+
+    code = "blob_store_unavailable"
 
 
 class QueueFull(BrokerError):
@@ -302,6 +309,12 @@ class BlobMissing(BlobError):
     """The blob is gone: its retention ended or its store was replaced."""
 
     code = "blob_missing"
+
+
+class BlobStoreUnknown(BlobMissing):
+    """The blob lies in the broker's store of large blobs, which this process does not use: set LATENTQ_BLOB_STORE."""
+
+    code = "blob_store_unknown"
 
 
 class BlobCorrupt(BlobError):

@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
 from broker_config import keys, rq_format
-from broker_config.blob_store import REDIS_STORE
+from broker_config.blob_store import address
 from broker_config.connection import Connections, broker_errors
 from broker_config.errors import BlobMissing, JobConflict, JobNotFound, QueueFull, StartDeadlinePassed, WorkerCrashed
 from broker_config.messages import SCHEMA_VERSION, DecodeRequest, DecodeResult, JobSnapshot, JobStatus, Mode
@@ -124,7 +124,6 @@ class JobStore:
             "jobs": settings.max_pending_jobs,
             "latents_bytes": settings.max_pending_bytes,
             "watermark": settings.memory_watermark,
-            "owned": request.source_job_id is not None,
             "refused_ms": round(_REFUSED_S * 1000),
         }
         queue = keys.queue_name(request.vae, request.priority)
@@ -134,8 +133,7 @@ class JobStore:
             request.job_id,
             request.payload_hash,
             json.dumps(limits),
-            request.latents.name,
-            int(request.latents.store == REDIS_STORE),
+            address(request.latents),
             len(fields),
             *fields,
             *rq_format.job_fields(request, queue=queue, connection=self.connections.commands),
@@ -154,13 +152,15 @@ class JobStore:
 
     def _record_fields(self, request: DecodeRequest, queue: str) -> list[str | bytes | int | float]:
         reserved = request.pixels * _RESERVE_BYTES_PER_PX[request.output]
+        if self._settings.blob_store is not None:  # a larger artifact does not lie in the broker
+            reserved = min(reserved, request.batch * self._settings.blob_threshold_bytes)
         fields: dict[str, str | bytes | int | float] = {
             "message": request.to_wire(),
             "rq_queue": queue,
             "vae": request.vae,
             "bucket": request.bucket,
             "px": request.pixels,
-            "blob": request.latents.name,
+            "blob": address(request.latents),
             "latents_bytes": request.latents.size_bytes,
             "reserved_bytes": round(reserved),
             "schema": request.schema_version,
@@ -213,8 +213,8 @@ class JobStore:
                 pipe.hgetall(keys.job(job_id))
                 pipe.lrange(keys.attempts(job_id), 0, -1)
             pipe.time()
-            *answers, (seconds, _) = pipe.execute()
-        now_ms = int(seconds) * 1000
+            *answers, (seconds, micros) = pipe.execute()
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
         records = [_decode(raw) for raw in answers[::2]]
         for job_id, record in zip(job_ids, records, strict=True):
             if "state" not in record:
@@ -238,13 +238,12 @@ class JobStore:
             counts = pipe.execute()
         return {vae for vae, count in zip(names, counts, strict=True) if count}
 
-    def retire(self, *job_ids: str, limit: int = 100) -> list[tuple[str, str, str]]:
-        """Ends the retention of these jobs now, or of all that are due.
+    def retire(self, *job_ids: str, limit: int = 100) -> int:
+        """Ends the retention of these jobs now, or of all that are due. Returns how many became tombstones.
 
-        Returns `(job_id, store, name)` of each blob outside the broker that nobody owns any more.
+        Blobs that lost their last owner go: from the broker at once, from outside it with the janitor's next sweep.
         """
-        flat = [part.decode() for part in self._run("retire", limit, *job_ids)]
-        return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+        return int(self._run("retire", limit, *job_ids))
 
     # Workers --------------------------------------------------------------------------------------------
 
@@ -298,14 +297,14 @@ class JobStore:
     def complete(self, claim: Claim, result: DecodeResult) -> Outcome:
         """Stores success, once. The artifacts must be in their store already."""
         names = [item.blob.name for item in result.artifacts]
-        in_redis = [item.blob.name for item in result.artifacts if item.blob.store == REDIS_STORE]
+        blobs = [address(item.blob) for item in result.artifacts]
         word = self._run(
             "complete",
             claim.job_id,
             claim.execution,
             result.to_wire(),
             rq_format.return_value(names),
-            json.dumps(in_redis) if in_redis else "[]",
+            json.dumps(blobs),
         )
         return Outcome(word.decode())
 

@@ -8,7 +8,15 @@ Schema (`latentq:` is our prefix, `rq:` RQ's own, which `RQ_KEY_PREFIX` may chan
     latentq:blob:<name>       string  latents or an artifact                 provisional TTL → none while owned by a
                                                                              live job → the last owner's retention
     latentq:owners:<name>     zset    job id → ms until which it needs       as the blob
-                                      the blob (inf: while it lives)
+                                      the blob (inf: while it lives);
+                                      <store>/<name> for a blob outside
+    latentq:external:<store>  zset    name of a blob outside Redis → ms      member goes when the janitor dooms it
+                                      until which it stays (inf: while a
+                                      live job owns it)
+    latentq:doomed:<store>    zset    name of a blob outside Redis that      member goes when the janitor has deleted
+                                      nobody can own any more → ms since     the blob
+    latentq:stores            hash    id of the store outside Redis → URL    owned by whoever set the store up
+                                      (`new`: given out, not seen yet)       (docs/blob-stores.md says how to move)
     latentq:leases            zset    job id → end of its lease, ms          member goes when the job leaves processing
     latentq:retention         zset    job id → end of its retention, ms      member goes when the janitor retires it
     latentq:parked            zset    job id → schema_version it needs       member goes when a newer worker takes it
@@ -53,7 +61,10 @@ TOTALS = PREFIX + "totals"
 PAUSED = PREFIX + "paused"
 REAPER = PREFIX + "reaper"
 JANITOR = PREFIX + "janitor"
+STORES = PREFIX + "stores"
 RQ_QUEUES = RQ_PREFIX + "queues"
+RQ_WORKERS = RQ_PREFIX + "workers"
+RQ_SUSPENDED = RQ_PREFIX + "suspended"
 
 
 def queue_name(vae: str, priority: str) -> str:
@@ -88,6 +99,14 @@ def owners(name: str) -> str:
     return f"{PREFIX}owners:{name}"
 
 
+def external(store: str) -> str:
+    return f"{PREFIX}external:{store}"
+
+
+def doomed(store: str) -> str:
+    return f"{PREFIX}doomed:{store}"
+
+
 def claim_memo(worker: str) -> str:
     return f"{PREFIX}claim:{worker}"
 
@@ -114,3 +133,12 @@ def rq_job(job_id: str) -> str:
 
 def rq_results(job_id: str) -> str:
     return f"{RQ_PREFIX}results:{job_id}"
+
+
+def rq_registry(kind: str, queue: str) -> str:
+    """RQ's registry of a queue: `wip` holds `<id>:<execution>`; `finished`, `failed`, `canceled` hold ids."""
+    return f"{RQ_PREFIX}{kind}:{queue}"
+
+
+def rq_worker(name: str) -> str:
+    return f"{RQ_PREFIX}worker:{name}"

@@ -84,7 +84,7 @@ class Mode(StrEnum):
 class BlobRef:
     """Where bytes lie. `name` is opaque: a worker resolves it under its own configured store."""
 
-    #: `redis`, or the id of a configured store.
+    #: `redis`, or the id of the store outside the broker (an id, never a path or a URL).
     store: str
     #: Name within the store.
     name: str
@@ -163,8 +163,12 @@ class DecodeRequest:
 
     @property
     def payload_hash(self) -> str:
-        """Digest of everything that makes this request what it is: equal for a replay, different otherwise."""
-        return hashlib.sha256(self.to_wire()).hexdigest()
+        """Digest of everything that makes this request what it is: equal for a replay, different otherwise.
+
+        Where the latents lie is no part of that: a replay stores them under another name, or in another store.
+        """
+        latents = dataclasses.replace(self.latents, store="", name="")
+        return hashlib.sha256(dataclasses.replace(self, latents=latents).to_wire()).hexdigest()
 
     def to_wire(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, defaults left out."""

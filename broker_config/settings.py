@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Self
 
 import platformdirs
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from broker_config.errors import ConfigurationError
+from broker_config.external_store import StoreUrl
 
 __all__ = ["Settings", "load_settings"]
 
@@ -84,6 +85,28 @@ class Settings(BaseSettings):
     provisional_s: float = Field(
         900.0, gt=0, description="How long a blob that no job owns yet stays; longer than the slowest submit."
     )
+    blob_store: str | None = Field(
+        None,
+        description="Where large blobs go: file:///absolute/folder or s3://bucket/prefix, the same for every process. "
+        "Unset: all blobs lie in the broker.",
+    )
+    blob_threshold_bytes: int = Field(
+        8 * MIB,
+        ge=0,
+        le=512 * MIB,
+        description="Largest blob that lies in the broker when blob_store is set; 16 MB blobs stall a broker with AOF.",
+    )
+    s3_endpoint: str | None = Field(
+        None, pattern="^https?://[^@]+$", description="URL of an S3-compatible service. Unset: AWS."
+    )
+    s3_region: str | None = Field(None, description="Region of the bucket.")
+    s3_allow_http: bool = Field(False, description="Allow an endpoint without TLS, in a network you trust.")
+    s3_access_key_id: SecretStr | None = Field(
+        None, description="Access key. Unset: the usual AWS sources (AWS_… variables, web identity, instance role)."
+    )
+    s3_secret_access_key: SecretStr | None = Field(None, description="Secret of the access key.")
+    s3_session_token: SecretStr | None = Field(None, description="Token of temporary credentials.")
+
     timeout_min_s: float = Field(60.0, gt=0, description="Smallest default timeout of an attempt.")
 
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
@@ -96,6 +119,11 @@ class Settings(BaseSettings):
         if self.lease_renew_s * 2 > self.lease_s:
             raise ValueError("lease_renew_s must be at most half of lease_s, so that one lost renewal is harmless")
         return self
+
+    @field_validator("blob_store")
+    @classmethod
+    def _blob_store_is_a_place(cls, url: str | None) -> str | None:
+        return url if url is None else str(StoreUrl.parse(url))
 
     @property
     def broker_dir(self) -> Path:

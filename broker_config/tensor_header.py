@@ -123,7 +123,7 @@ def read_header(data: bytes | bytearray | memoryview, *, total_bytes: int | None
 
 def _parse(text: bytes, *, data_start: int) -> TensorHeader:
     try:
-        header = json.loads(text)
+        header = json.loads(text.decode())  # from bytes, json.loads would take UTF-16 and UTF-32 too
     except (ValueError, RecursionError):
         raise NotSafetensors() from None
     if not isinstance(header, dict):
@@ -132,7 +132,7 @@ def _parse(text: bytes, *, data_start: int) -> TensorHeader:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise NotSafetensors("`__metadata__` of the file is not a map of strings")
     if len(header) != 1:
-        names = ", ".join(sorted(header)[:5]) or "none"
+        names = ", ".join(map(_shown, sorted(header)[:5])) or "none"
         raise InvalidTensorFile(
             f"the file holds {len(header)} tensors ({names}); save exactly one, named `latents`",
             field="latents",
@@ -140,18 +140,23 @@ def _parse(text: bytes, *, data_start: int) -> TensorHeader:
     ((name, entry),) = header.items()
     shape = _shape(entry)
     code = entry.get("dtype")
-    if code not in _DTYPES:
+    if not isinstance(code, str) or code not in _DTYPES:
         raise InvalidDtype(
-            f"dtype of `{name}` is {code}, expected F16, BF16 or F32: convert the latents first",
+            f"dtype of `{_shown(name)}` is {_shown(code)}, expected F16, BF16 or F32: convert the latents first",
             field="dtype",
         )
     dtype, size = _DTYPES[code]
     if entry.get("data_offsets") != [0, math.prod(shape) * size]:
         raise InvalidTensorFile(
-            f"data_offsets {entry.get('data_offsets')} of `{name}` do not fit {code} {list(shape)}",
+            f"data_offsets {_shown(entry.get('data_offsets'))} of `{_shown(name)}` do not fit {code} {list(shape)}",
             field="latents",
         )
     return TensorHeader(name=name, dtype=dtype, shape=shape, data_start=data_start, metadata=metadata)
+
+
+def _shown(value: object) -> str:
+    """Something out of a file that anyone may have written, fit for a message: ASCII, one line, short."""
+    return ascii(value).strip("'\"")[:80]
 
 
 def _shape(entry: object) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 def _folder_or_repo(weights: str) -> str:
     if weights.startswith("~"):
         weights = str(Path(weights).expanduser())
-    if not Path(weights).is_absolute() and not re.fullmatch(r"[\w.:-]+(/[\w.-]+)?", weights):
+    if not Path(weights).is_absolute() and not re.fullmatch(r"\w[\w.:-]*(/\w[\w.-]*)?", weights):
         raise ValueError("must be a Hugging Face repo (`owner/name`) or an absolute folder")
     return weights
 
@@ -40,12 +40,12 @@ class VaeEntry(BaseModel):
     subfolder: str | None = None
     revision: str | None = None
     vae_class: str = Field(pattern=r"^[A-Za-z0-9]+$")
-    dtype: str = Field("auto", pattern="^(auto|float32|float16|bfloat16)$")
+    dtype: str = Field(default="auto", pattern="^(auto|float32|float16|bfloat16)$")
     channels: int = Field(gt=0)
     spatial: int = Field(gt=0)
-    temporal: int = Field(1, gt=0)
+    temporal: int = Field(default=1, gt=0)
     layouts: tuple[LatentLayout, ...] = Field(min_length=1)
-    fps: float = Field(16.0, gt=0, le=240)
+    fps: float = Field(default=16.0, gt=0, le=240)
     source: str = "the user's catalogue"
 
     def layout(self, wanted: str | None, *, rank: int | None = None) -> LatentLayout:
@@ -57,7 +57,7 @@ class VaeEntry(BaseModel):
         if wanted is None:
             fitting = [item for item in self.layouts if rank is None or _RANKS[item] == rank]
             return fitting[0] if fitting else self.layouts[0]
-        if wanted not in {str(item) for item in self.layouts}:
+        if str(wanted) not in {str(item) for item in self.layouts}:
             raise UnknownLayout(
                 f"layout {wanted!r} is not one of {self.name}'s: {', '.join(self.layouts)}", field="layout"
             )
@@ -98,7 +98,7 @@ class VaeCatalog(Mapping[str, VaeEntry]):
     def __getitem__(self, name: str) -> VaeEntry:
         try:
             return self._entries[name]
-        except KeyError:
+        except (KeyError, TypeError):  # TypeError: a name that is no string, and cannot be hashed
             known = ", ".join(sorted(self._entries))
             raise UnknownVae(
                 f"no VAE {name!r} in the catalogue; it has {known}. Add your own with LATENTQ_CATALOG",

@@ -10,11 +10,10 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from broker_config import keys
-from broker_config.blob_store import RedisBlobStore
 from broker_config.connection import MAX_BLOCK_S, Connections, broker_errors, connect, connect_url
 from broker_config.errors import (
     BlobMissing,
-    BrokerUnreachable,
+    BrokerError,
     InvalidOption,
     InvalidTensorFile,
     QueueFull,
@@ -24,6 +23,7 @@ from broker_config.job_store import JobStore
 from broker_config.latent_geometry import Geometry
 from broker_config.messages import DecodeRequest
 from broker_config.settings import Settings, load_settings
+from broker_config.tiered_blob_store import TieredBlobStore
 from broker_config.vae_catalog import VaeCatalog
 from producer.job_handle import JobHandle
 from producer.submission import DecodeOptions, build_request, checked_options, new_job_id
@@ -47,7 +47,7 @@ class DecodeClient:
         #: The VAEs that jobs may name.
         self.catalog = catalog or VaeCatalog.load(settings.catalog)
         self.store = JobStore(connections, settings)
-        self.blobs = RedisBlobStore(connections, provisional_s=settings.provisional_s)
+        self.blobs = TieredBlobStore(connections, settings)
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Self:
@@ -76,6 +76,7 @@ class DecodeClient:
 
     def close(self) -> None:
         """Closes the connections."""
+        self.blobs.close()
         self._connections.close()
 
     def ping(self) -> None:
@@ -103,6 +104,7 @@ class DecodeClient:
             QueueFull: a limit is reached; nothing was stored.
             BrokerUnreachable: not known whether it was accepted: submit again with `job_id=error.job_id`, which
                 cannot make a second job.
+            BlobStoreUnavailable: the store of large blobs did not take the latents; nothing was accepted.
         """
         asked = _options(options)
         tensor = to_tensor_file(latents, max_bytes=self._settings.max_latents_bytes)
@@ -122,7 +124,7 @@ class DecodeClient:
         tensor = check_tensor_file(data, max_bytes=self._settings.max_latents_bytes)
         return self._submit(tensor, asked, block_s=block_s)
 
-    def redecode(self, job_id: str, *, block_s: float = 0.0, **options: Any) -> JobHandle:
+    def redecode(self, job_id: str, /, *, block_s: float = 0.0, **options: Any) -> JobHandle:
         """Decodes the retained latents of a job again, as a new job with other options.
 
         Args:
@@ -202,15 +204,17 @@ class DecodeClient:
         try:
             for _ in range(_SUBMIT_TRIES - 1):
                 try:
-                    self.blobs.put(request.latents.name, tensor.data)
-                    return self._accept(request, block_s=block_s)
+                    return self._store_and_accept(request, tensor, block_s=block_s)
                 except BlobMissing:  # slower than the provisional lifetime
                     continue
-            self.blobs.put(request.latents.name, tensor.data)
-            return self._accept(request, block_s=block_s)
-        except BrokerUnreachable as error:
+            return self._store_and_accept(request, tensor, block_s=block_s)
+        except BrokerError as error:
             error.job_id = request.job_id
             raise
+
+    def _store_and_accept(self, request: DecodeRequest, tensor: TensorFile, *, block_s: float) -> JobHandle:
+        latents = self.blobs.put(request.latents.name, tensor.data)
+        return self._accept(dataclasses.replace(request, latents=latents), block_s=block_s)
 
     def _accept(self, request: DecodeRequest, *, block_s: float) -> JobHandle:
         deadline = time.monotonic() + block_s

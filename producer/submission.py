@@ -15,11 +15,11 @@ from typing import Any, Final, TypeVar
 
 import uuid_utils
 
-from broker_config.blob_store import REDIS_STORE
+from broker_config.blob_store import draft
 from broker_config.errors import InvalidOption, PixelLimitExceeded
 from broker_config.keys import Priority
 from broker_config.latent_geometry import Geometry, measure
-from broker_config.messages import BlobRef, DecodeRequest, Mode, Output, check_job_id
+from broker_config.messages import DecodeRequest, Mode, Output, check_job_id
 from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
 from producer.tensor_input import TensorFile
@@ -31,6 +31,12 @@ _SLOWEST_PX_PER_S: Final = 50_000
 _TIMEOUT_FACTOR: Final = 10
 #: PNG's limit for a keyword (PNG specification, 11.3.4.2).
 _METADATA_KEY_CHARS: Final = 79
+#: Pixels a side: libjpeg's JPEG_MAX_DIMENSION, libwebp's WEBP_MAX_DIMENSION, x264's MAX_RESOLUTION.
+_LONGEST_SIDE_PX: Final = {Output.JPG: 65_500, Output.WEBP: 16_383, Output.MP4: 16_384}
+#: A JPEG segment holds 65,533 bytes; metadata lies in one, in UTF-16, and our provenance takes up to 4,000 of them.
+_JPG_METADATA_BYTES: Final = 61_000
+#: An mp4's frame rate is a fraction with a denominator of at most 1,001.
+_SLOWEST_FPS: Final = 0.001
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +89,7 @@ def new_job_id() -> str:
 def build_request(
     tensor: TensorFile, options: DecodeOptions, *, catalog: VaeCatalog, settings: Settings
 ) -> DecodeRequest:
-    """The request for these latents, or the reason why not.
+    """The request for these latents, or the reason why not. Its `latents` are a draft until they are stored.
 
     Raises:
         InvalidJob: one of its subclasses, naming the field and the fix.
@@ -99,38 +105,37 @@ def build_request(
         num_frames=_count("num_frames", options.num_frames),
     )
     _check_pixels(geometry, settings)
-    job_id = check_job_id(options.job_id) if options.job_id is not None else new_job_id()
-    sha256 = hashlib.sha256(tensor.data).hexdigest()
+    checked = checked_options(options, entry=entry, geometry=geometry, settings=settings)
+    job_id = options.job_id or new_job_id()
+    sha256 = hashlib.sha256(tensor.data).hexdigest()  # the first use of `data`: the latents are copied here
     return DecodeRequest(
         job_id=job_id,
         vae=entry.name,
         layout=layout,
         # The digest is in the name: another submit under this id cannot overwrite latents that were accepted.
-        latents=BlobRef(
-            store=REDIS_STORE,
-            name=f"{job_id}.in.{sha256[:16]}",
-            sha256=sha256,
-            size_bytes=len(tensor.data),
-        ),
+        latents=draft(f"{job_id}.in.{sha256[:16]}", tensor.data),
         shape=tensor.shape,
         dtype=tensor.dtype,
         height=geometry.height,
         width=geometry.width,
         batch=geometry.batch,
         num_frames=geometry.num_frames,
-        **checked_options(options, entry=entry, geometry=geometry, settings=settings),
+        **checked,
     )
 
 
 def checked_options(
     options: DecodeOptions, *, entry: VaeEntry, geometry: Geometry, settings: Settings
 ) -> dict[str, Any]:
-    """The options that do not depend on the latents' numbers, checked, with defaults filled in.
+    """The options that do not depend on the latents' numbers, checked, with defaults filled in; not `job_id`.
 
     Raises:
         InvalidOption: a value that is not allowed.
     """
+    _check_id(options.job_id)
     output = _output(options.output, geometry)
+    metadata = checked_metadata(options.metadata, max_bytes=settings.max_metadata_bytes)
+    _check_encoder(output, geometry, metadata)
     timeout_s = _seconds("timeout_s", options.timeout_s)
     if timeout_s is None:
         pixels = geometry.height * geometry.width * geometry.num_frames * geometry.batch
@@ -145,9 +150,9 @@ def checked_options(
         "retention_s": _seconds("retention_s", options.retention_s) or settings.retention_s,
         "scaling_factor": _factor("scaling_factor", options.scaling_factor),
         "shift_factor": _factor("shift_factor", options.shift_factor),
-        "metadata": checked_metadata(options.metadata, max_bytes=settings.max_metadata_bytes),
-        "provenance": bool(options.provenance),
-        "allow_tiling": bool(options.allow_tiling),
+        "metadata": metadata,
+        "provenance": _flag("provenance", options.provenance),
+        "allow_tiling": _flag("allow_tiling", options.allow_tiling),
     }
 
 
@@ -171,8 +176,11 @@ def checked_metadata(metadata: Mapping[str, str], *, max_bytes: int) -> dict[str
             )
         if key == "latentq":
             raise InvalidOption("metadata key 'latentq' is taken: rename it", field="metadata")
-        if "\0" in value:
-            raise InvalidOption(f"metadata[{key!r}] has a NUL character", field="metadata")
+        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise InvalidOption(
+                f"metadata[{key!r}] has a NUL character or a lone surrogate: no file format holds it, remove it",
+                field="metadata",
+            )
     size = len(json.dumps(dict(metadata)).encode())
     if size > max_bytes:
         raise InvalidOption(
@@ -199,6 +207,25 @@ def _check_pixels(geometry: Geometry, settings: Settings) -> None:
         )
 
 
+def _check_encoder(output: Output, geometry: Geometry, metadata: Mapping[str, str]) -> None:
+    """Refuses what the format could not hold once it is decoded."""
+    longest, limit = max(geometry.height, geometry.width), _LONGEST_SIDE_PX.get(output)
+    if limit is not None and longest > limit:
+        other = "uint8" if output is Output.MP4 else "png"
+        raise InvalidOption(
+            f"output {output} holds {limit} px a side, these decode to {geometry.width} × {geometry.height}: "
+            f"choose {other}",
+            field="output",
+        )
+    if output is Output.JPG:
+        size = len(json.dumps(metadata, ensure_ascii=False).encode("utf-16-be"))
+        if size > _JPG_METADATA_BYTES:
+            raise InvalidOption(
+                f"output jpg holds {_JPG_METADATA_BYTES} bytes of metadata in UTF-16, these are {size}: choose png",
+                field="metadata",
+            )
+
+
 def _output(wanted: str | None, geometry: Geometry) -> Output:
     if wanted is None:
         return Output.MP4 if geometry.is_video else Output.PNG
@@ -213,6 +240,20 @@ def _one_of(kind: type[E], name: str, value: object) -> E:
         return kind(str(value))
     except ValueError:
         raise InvalidOption(f"{name} is {value!r}, expected one of {', '.join(kind)}", field=name) from None
+
+
+def _check_id(job_id: object) -> None:
+    if job_id is None:
+        return
+    if not isinstance(job_id, str):
+        raise InvalidOption(f"job_id {job_id!r} is not a string: convert it first", field="job_id")
+    check_job_id(job_id)
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidOption(f"{name} is {value!r}, expected True or False", field=name)
+    return value
 
 
 def _count(name: str, value: object) -> int | None:
@@ -234,8 +275,8 @@ def _seconds(name: str, value: object) -> float | None:
 def _fps(value: object, entry: VaeEntry) -> float:
     if value is None:
         return entry.fps
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 240:
-        raise InvalidOption(f"fps is {value!r}, expected a number above 0, at most 240", field="fps")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _SLOWEST_FPS <= value <= 240:
+        raise InvalidOption(f"fps is {value!r}, expected a number from {_SLOWEST_FPS} to 240", field="fps")
     return float(value)
 
 

@@ -6,13 +6,14 @@ torch is never imported here: a torch tensor brings its module along.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from broker_config.errors import InvalidDtype, InvalidOption, LatentsNotFinite, LatentsTooLarge
-from broker_config.tensor_header import itemsize, read_header, write_header
+from broker_config.tensor_header import MAX_HEADER_BYTES, itemsize, read_header, write_header
 
 if TYPE_CHECKING:
     import torch
@@ -26,47 +27,68 @@ _FLOATS: Final = ("float16", "bfloat16", "float32")
 _BF16_EXPONENT: Final = 0x7F80
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TensorFile:
-    """Latents as a safetensors file in memory."""
+    """Latents as a safetensors file in memory.
 
-    #: The whole file.
-    data: bytes
-    dtype: str
-    shape: tuple[int, ...]
+    DESIGN. The file is made when `data` is first asked for: dtype and shape decide whether a job is refused, and what
+    is refused must not have cost a copy, nor a transfer from the GPU.
+    """
+
+    def __init__(self, *, dtype: str, shape: tuple[int, ...], raw: Callable[[], bytes | memoryview]) -> None:
+        """Args:
+        dtype: float16, bfloat16 or float32.
+        shape: dimensions, outermost first.
+        raw: makes the elements, little-endian, in C order.
+        """
+        self.dtype = dtype
+        self.shape = shape
+        self._raw = raw
+
+    @cached_property
+    def data(self) -> bytes:
+        """The whole file.
+
+        Raises:
+            LatentsNotFinite: NaN or Inf.
+        """
+        raw = self._raw()
+        check_finite(raw, self.dtype)
+        return b"".join((write_header(self.dtype, self.shape), raw))
 
 
 def to_tensor_file(latents: Latents, *, max_bytes: int) -> TensorFile:
-    """Latents as a file, whatever their strides or device.
+    """Latents as a file, whatever their strides, byte order or device.
 
     Args:
         latents: torch tensor (float16, bfloat16, float32; CPU or CUDA; any strides) or numpy array (float16, float32).
-        max_bytes: largest size accepted, checked before a copy is made.
+        max_bytes: largest size accepted.
 
     Raises:
         InvalidOption: neither torch tensor nor numpy array.
         InvalidDtype: another dtype.
         LatentsTooLarge: more than `max_bytes`.
-        LatentsNotFinite: NaN or Inf.
     """
     torch = sys.modules.get("torch")
+    raw: Callable[[], bytes]
     if torch is not None and isinstance(latents, torch.Tensor):
-        dtype = str(latents.dtype).removeprefix("torch.")
-        _check(dtype, latents.numel(), max_bytes=max_bytes)
-        dense = latents.detach().cpu().contiguous()
-        words = dense.view(torch.uint8) if dense.ndim else dense.reshape(1).view(torch.uint8)
-        raw = words.numpy().tobytes()
+        dtype, count = str(latents.dtype).removeprefix("torch."), latents.numel()
+
+        def raw() -> bytes:
+            dense = latents.detach().cpu().contiguous().reshape(-1)
+            return bytes(dense.view(torch.uint8).numpy().tobytes())
+
     elif isinstance(latents, np.ndarray):
-        dtype = str(latents.dtype)
-        _check(dtype, latents.size, max_bytes=max_bytes)
-        raw = np.ascontiguousarray(latents).astype(latents.dtype.newbyteorder("<"), copy=False).tobytes()
+        dtype, count = latents.dtype.name, latents.size
+
+        def raw() -> bytes:
+            return latents.astype(latents.dtype.newbyteorder("<"), copy=False).tobytes(order="C")
+
     else:
         raise InvalidOption(
             f"latents are a {type(latents).__name__}: give a torch tensor or a numpy array", field="latents"
         )
-    check_finite(raw, dtype)
-    shape = tuple(int(size) for size in latents.shape)
-    return TensorFile(data=write_header(dtype, shape) + raw, dtype=dtype, shape=shape)
+    _check(dtype, count, max_bytes=max_bytes)
+    return TensorFile(dtype=dtype, shape=tuple(int(size) for size in latents.shape), raw=raw)
 
 
 def check_tensor_file(data: bytes, *, max_bytes: int) -> TensorFile:
@@ -75,16 +97,16 @@ def check_tensor_file(data: bytes, *, max_bytes: int) -> TensorFile:
     Raises:
         LatentsTooLarge: more than `max_bytes`.
         InvalidTensorFile, InvalidDtype: not one float tensor, truncated or oversized.
-        LatentsNotFinite: NaN or Inf.
     """
-    if len(data) > max_bytes + 8 + 256 * 1024:
-        raise LatentsTooLarge(f"the file has {len(data)} bytes, at most {max_bytes} are taken", field="latents")
+    if len(data) > max_bytes + 8 + MAX_HEADER_BYTES:
+        raise LatentsTooLarge(
+            f"the file has {len(data)} bytes, at most {max_bytes} of latents are taken (LATENTQ_MAX_LATENTS_BYTES)",
+            field="latents",
+        )
     header = read_header(data)
     _check(header.dtype, header.data_bytes // itemsize(header.dtype), max_bytes=max_bytes)
-    raw = data[header.data_start :]
-    check_finite(raw, header.dtype)
     # Written anew: the job's bytes then depend on its numbers only, not on what else the file says.
-    return TensorFile(data=write_header(header.dtype, header.shape) + raw, dtype=header.dtype, shape=header.shape)
+    return TensorFile(dtype=header.dtype, shape=header.shape, raw=lambda: memoryview(data)[header.data_start :])
 
 
 def check_finite(raw: bytes | memoryview, dtype: str) -> None:

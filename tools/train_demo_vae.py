@@ -1,7 +1,7 @@
 """Train the demo VAE and write the latents that the demo queue decodes.
 
-The result is a small, real ``diffusers.AutoencoderKL`` (8x spatial compression, 12 latent
-channels, about 1.8 M parameters) that knows four photographs by heart, and little else. It lets
+The result is a small, real ``diffusers.AutoencoderKL`` (8x spatial compression, 16 latent
+channels, about 1.7 M parameters) that knows four photographs by heart, and little else. It lets
 the service, its tests and its demo run a genuine VAE decode without any download.
 
 Photographs. All of them are colour files inside the scikit-image wheel (``skimage.data``); origin
@@ -18,7 +18,7 @@ and licence are as stated in skimage's own docstrings:
 
 Training. The encoder does not start at random: its convolutions are set in closed form so that
 it computes a whitened principal component analysis (PCA) of the 8x8 patches. Then three stages
-share the time given by ``--minutes``:
+share the steps given by ``--steps``:
 
 1. the decoder alone, on random flipped crops of the photographs: L1, MSE and an L1 on image
    gradients;
@@ -29,7 +29,7 @@ share the time given by ``--minutes``:
 Convolutions are trained with Muon (momentum whose matrix is made orthogonal), everything else with
 Adam, both with warm-up and cosine decay; the weights written are an exponential moving average.
 
-A usable folder (weights, config, latents) is written every ``--checkpoint-minutes`` and at the end:
+A usable folder (weights, config, latents) is written every ``--checkpoint-steps`` and at the end:
 first to a temporary folder beside ``--out``, then moved file by file into ``--out``. With
 ``--resume FOLDER`` training goes on from such a folder, with stage 3 alone.
 
@@ -43,9 +43,9 @@ of ``height`` x ``width`` whose top left corner is
 
 with ``pan`` = "y0,x0,y1,x1" in the file's metadata, and every frame is encoded on its own.
 
-Run it with ``nice -n 15 env OMP_NUM_THREADS=2 python tools/train_demo_vae.py --minutes 26``; it
-needs torch, diffusers, safetensors and scikit-image. The seed fixes the sequence of random draws;
-the number of steps depends on the speed of the machine, because the schedule follows the clock.
+Run it with ``nice -n 15 env OMP_NUM_THREADS=2 python tools/train_demo_vae.py --steps 800``; it
+needs torch, diffusers, safetensors and scikit-image. The seed fixes the sequence of random draws
+and the schedule follows the steps, so a second run differs by rounding alone.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ Box = tuple[int, int, int, int]  # y, x, height, width in the source photograph
 
 FACTOR = 8
 LATENT_CHANNELS = 16
-BLOCKS = (16, 32, 64, 96)  # channels from full to 1/8 resolution; decode time lies in the first two
+BLOCKS = (16, 24, 48, 104)  # channels from full to 1/8 resolution; decode time lies in the first two
 GROUPS = 8
-STAGES = (0.3, 0.6)  # stage 1 and stage 2 end at these parts of the time
+STAGES = (0.5, 0.8)  # stage 1 and stage 2 end at these parts of the steps
 QUIET = 30.0  # constant that outweighs the picture in the encoder's last group norm
 CROP_PLANS = ((128, 4), (128, 4), (192, 2), (256, 1))  # crop size, batch size
 
@@ -428,7 +428,7 @@ def export(average: Any, images: dict[str, torch.Tensor], out: Path, frozen: lis
 
 
 class Trainer:
-    """Holds the model, its EMA copy and the clock; runs the two stages."""
+    """Holds the model, its EMA copy and the count of steps; runs the stages."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
@@ -442,15 +442,11 @@ class Trainer:
             set_encoder(self.model, list(self.images.values()))
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.out: Path = args.out
-        self.total = args.minutes * 60.0
-        self.every = args.checkpoint_minutes * 60.0
-        self.start = self.saved = self.told = time.monotonic()
+        self.total: int = args.steps
+        self.every: int = args.checkpoint_steps
+        self.start = self.told = time.monotonic()
         self.step = 0
         self.frozen: list[Example] | None = None
-
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self.start
 
     def advance(self, optimiser: Muon, loss: torch.Tensor, rate: float) -> None:
         """Take one step at the given learning rate and update the average."""
@@ -464,29 +460,28 @@ class Trainer:
         now = time.monotonic()
         if now - self.told > 20:
             self.told = now
-            text = f"{stage} {self.elapsed():6.0f} s, step {self.step}, loss {loss:.4f}, PSNR {quality:.2f}"
+            text = f"{stage} {now - self.start:6.0f} s, step {self.step}, loss {loss:.4f}, PSNR {quality:.2f}"
             print(text, flush=True)
-        if now - self.saved > self.every:
+        if self.step % self.every == 0 and self.step < self.total:
             export(self.average, self.images, self.out, self.frozen)
-            self.saved = time.monotonic()
 
-    def train_crops(self, stage: str, begin: float, end: float, peak: float, floor: float) -> None:
+    def train_crops(self, stage: str, end: int, peak: float, floor: float) -> None:
         """Stages 1 and 2: random crops through encoder and decoder."""
         self.model.encoder.requires_grad_(stage == "joint")
         optimiser = Muon(self.model)
         images, first = list(self.images.values()), self.step
-        while (now := self.elapsed()) < end:
+        while self.step < end:
             batch = random_batch(images, self.rng)
             posterior = self.model.encode(batch).latent_dist
             output = self.model.decode(posterior.sample()).sample
             loss = picture_loss(output, batch, 0.25)
             if stage == "joint":
                 loss = loss + 1e-6 * posterior.kl().mean() / posterior.mean[0].numel()
-            share = (now - begin) / (end - begin)
+            share = (self.step - first) / (end - first)
             self.advance(optimiser, loss, schedule(self.step - first, share, peak, floor))
             self.report(stage, float(loss.detach()), psnr(output.detach(), batch))
 
-    def train_pictures(self, begin: float, end: float, peak: float) -> None:
+    def train_pictures(self, end: int, peak: float) -> None:
         """Stage 3: the decoder alone, from the frozen latents to whole pictures."""
         self.model.load_state_dict(self.average.state_dict())
         self.frozen = encode_all(rounded(self.average), self.images)
@@ -496,11 +491,11 @@ class Trainer:
         photos = [example for example in self.frozen if example.key != "clip"]
         frames = [example for example in self.frozen if example.key == "clip"]
         first = self.step
-        while (now := self.elapsed()) < end:
+        while self.step < end:
             example = self.rng.choice(frames if self.rng.random() < 0.35 else photos)
             output = self.model.decode(example.latents).sample
             loss = picture_loss(output, example.target, 0.1)
-            share = (now - begin) / (end - begin)
+            share = (self.step - first) / (end - first)
             self.advance(optimiser, loss, schedule(self.step - first, share, peak, 0.02))
             quality = psnr(output.detach(), example.target)
             self.report(f"pictures {example.key}", float(loss.detach()), quality)
@@ -508,10 +503,10 @@ class Trainer:
     def run(self) -> None:
         """Run the stages (after --resume: only the third) and write the final files."""
         if not self.resumed:
-            ends = [share * self.total for share in STAGES]
-            self.train_crops("decoder", 0.0, ends[0], 0.02, 0.5)
-            self.train_crops("joint", self.elapsed(), ends[1], 0.008, 0.5)
-        self.train_pictures(self.elapsed(), self.total, 0.008)
+            ends = [round(share * self.total) for share in STAGES]
+            self.train_crops("decoder", ends[0], 0.02, 0.5)
+            self.train_crops("joint", ends[1], 0.008, 0.5)
+        self.train_pictures(self.total, 0.008)
         export(self.average, self.images, self.out, self.frozen)
 
 
@@ -524,11 +519,11 @@ def schedule(step: int, share: float, peak: float, floor: float) -> float:
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--minutes", type=float, default=26.0, help="training time")
+    parser.add_argument("--steps", type=int, default=800, help="training steps")
     parser.add_argument("--out", type=Path, default=Path("worker/demo_vae"), help="folder to write")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint: run stage 3 from it")
-    parser.add_argument("--checkpoint-minutes", type=float, default=2.5, help="time between checkpoints")
+    parser.add_argument("--checkpoint-steps", type=int, default=100, help="steps between checkpoints")
     Trainer(parser.parse_args()).run()
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from broker_config.blob_store import BlobStore
 from broker_config.job_store import Claim, JobStore, Outcome
-from broker_config.messages import Artifact, DecodeResult
+from broker_config.messages import BlobRef, DecodeResult
 from worker.leases import LeaseKeeper
 from worker.stages import Abandoned, Failure, Patience, is_retryable
 
@@ -30,26 +30,29 @@ class AttemptReporter:
         self._patience = patience
         self._worker = worker
 
-    def complete(self, claim: Claim, result: DecodeResult, contents: Sequence[bytes]) -> Outcome:
-        """Stores success. `contents` are the artifacts' bytes, in order, already stored once.
+    def complete(self, claim: Claim, stored: Callable[[], DecodeResult]) -> Outcome:
+        """Stores success. `stored` stores the artifacts, each time it is called, and says where.
 
         Raises:
             Abandoned: the worker gave up while the broker was away.
         """
         for _ in range(_STORE_TRIES):
-            outcome = self._patience.repeat(lambda: self._store.complete(claim, result))
+            result = stored()
+
+            def complete(result: DecodeResult = result) -> Outcome:
+                return self._store.complete(claim, result)
+
+            outcome = self._patience.repeat(complete)
             if outcome is not Outcome.ARTIFACT_MISSING:
                 break
-            for artifact, data in zip(result.artifacts, contents, strict=True):
-                self.store(artifact, data)
         self._leases.drop(claim)
         action = "job_completed" if outcome in (Outcome.COMPLETED, Outcome.ALREADY) else "job_not_ours"
         logger.info("job %s: %s", claim.job_id, outcome, extra={"action": action, "job_id": claim.job_id})
         return outcome
 
-    def store(self, artifact: Artifact, data: bytes) -> None:
-        """Stores an artifact's bytes under its name, for a provisional lifetime."""
-        self._patience.repeat(lambda: self._blobs.put(artifact.blob.name, data))
+    def store(self, name: str, data: bytes) -> BlobRef:
+        """Stores an artifact's bytes, for a provisional lifetime, and says where they lie."""
+        return self._patience.repeat(lambda: self._blobs.put(name, data))
 
     def fail(self, claim: Claim, failure: Failure, *, stage: str) -> None:
         """Records an attempt's error."""

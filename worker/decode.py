@@ -47,8 +47,8 @@ def decode_chunks(
         vae: a diffusers autoencoder.
         latents: on any device, float, laid out as `plan.layout`.
         plan: sizes and scaling.
-        items_per_call: pictures, frames or clips in one call of the VAE; None: as many as the pipeline takes. Fewer
-            need less memory and may differ from the pipeline in last bits.
+        items_per_call: pictures or clips in one call of the VAE (of an image VAE: at most 16 of the clips' frames); None:
+            as many as the pipeline takes. Fewer need less memory and may differ from the pipeline in last bits.
 
     Yields:
         Pictures: (n, 3, H, W), all B at once unless `items_per_call` is smaller. Clips of a video VAE:
@@ -64,9 +64,9 @@ def decode_chunks(
             width=plan.width,
             spatial=plan.spatial,
         )
-        step = FRAMES_PER_CALL if plan.layout is LatentLayout.VIDEO_2D else vae_input.shape[0]
-        if items_per_call is not None:
-            step = min(step, items_per_call)
+        step = plan.batch if items_per_call is None else min(plan.batch, items_per_call)
+        if plan.layout is LatentLayout.VIDEO_2D:  # the clips' frames are folded into the batch
+            step = min(FRAMES_PER_CALL, step * plan.num_frames)
         for start in range(0, vae_input.shape[0], step):
             yield vae.decode(vae_input[start : start + step], return_dict=False)[0]
 

@@ -20,12 +20,12 @@ from typing import Final
 import torch
 
 from broker_config import keys
-from broker_config.blob_store import RedisBlobStore
 from broker_config.connection import Connections, broker_errors
 from broker_config.errors import LatentqError, WeightsMissing
 from broker_config.job_store import Claim, JobStore
 from broker_config.messages import Mode
 from broker_config.settings import Settings
+from broker_config.tiered_blob_store import TieredBlobStore
 from broker_config.vae_catalog import VaeCatalog
 from worker.attempts import AttemptReporter
 from worker.batch_decode import BatchDecoder
@@ -97,7 +97,7 @@ class DecodeWorker:
 
     def _wire_stages(self) -> None:
         own, settings = self._own, self._settings
-        blobs = RedisBlobStore(self._connections, provisional_s=settings.provisional_s)
+        blobs = self._blobs = TieredBlobStore(self._connections, settings)
         self._leases = LeaseKeeper(
             self.store,
             worker=own.name,
@@ -144,8 +144,10 @@ class DecodeWorker:
 
         Raises:
             WeightsMissing: none of the VAEs has weights here.
-            BrokerError: the broker does not answer at the start.
+            ConfigurationError: large blobs lie in a store that this worker does not reach.
+            BrokerError: the broker, or the store of large blobs, does not answer at the start.
         """
+        self._blobs.verify()
         self._load()
         with broker_errors(self._connections.url):
             self._presence.announce()

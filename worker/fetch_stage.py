@@ -12,7 +12,7 @@ from uuid import uuid4
 import torch
 
 from broker_config.blob_store import BlobStore
-from broker_config.errors import BrokerError, UnsupportedMessage
+from broker_config.errors import BlobStoreUnknown, BrokerError, UnsupportedMessage
 from broker_config.job_store import Claim, JobStore
 from broker_config.messages import DecodeRequest
 from worker import handlers
@@ -156,7 +156,7 @@ class FetchStage:
             with Timer() as timer:
                 data = self._patience.repeat(lambda: self._blobs.get(request.latents))
                 latents: torch.Tensor = read_latents(data, shape=request.shape, dtype=request.dtype)
-        except Abandoned:
+        except (Abandoned, BlobStoreUnknown):  # a store that was set up since this worker started: not the job's fault
             raise
         except Exception as error:
             self._reporter.fail(claim, failure_of(error), stage="fetch")

@@ -6,16 +6,15 @@ import hashlib
 import importlib.metadata
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 import diffusers
 import torch
 
-from broker_config.blob_store import REDIS_STORE
 from broker_config.errors import EncodeFailed, LatentqError
-from broker_config.messages import Artifact, BlobRef, DecodeResult, Output
+from broker_config.messages import Artifact, DecodeResult, Output
 from worker.attempts import AttemptReporter
 from worker.image_encoding import Encoded, encode_image
 from worker.latent_io import write_tensor
@@ -95,17 +94,25 @@ class FinishStage:
         if self._reporter.skip(work.claim):
             return
         work.timings_s["encode"] = encoding.s
+        self._reporter.complete(work.claim, lambda: self._store(work, encoded))
+
+    def _store(self, work: Work, encoded: Sequence[Encoded]) -> DecodeResult:
+        """Stores the artifacts, for a provisional lifetime, and says where they lie."""
         with Timer() as storing:
-            artifacts = tuple(_artifact(work, number, item) for number, item in enumerate(encoded))
-            for artifact, item in zip(artifacts, encoded, strict=True):
-                self._reporter.store(artifact, item.data)
+            artifacts = tuple(
+                Artifact(
+                    blob=self._reporter.store(_artifact_name(work, number, item), item.data),
+                    content_type=item.content_type,
+                    extension=item.extension,
+                )
+                for number, item in enumerate(encoded)
+            )
         work.timings_s["store"] = storing.s
-        result = DecodeResult(
+        return DecodeResult(
             artifacts=artifacts,
             timings_s={name: round(value, 6) for name, value in work.timings_s.items()},
             decoded_by=work.decoded_by,
         )
-        self._reporter.complete(work.claim, result, [item.data for item in encoded])
 
     def _encode(self, work: Work, stream: ChunkStream) -> list[Encoded]:
         provenance = provenance_of(work) if work.request.provenance else None
@@ -181,10 +188,8 @@ def _as_file(tensor: torch.Tensor) -> Encoded:
     return Encoded(data=write_tensor(tensor), content_type="application/vnd.safetensors", extension="safetensors")
 
 
-def _artifact(work: Work, number: int, encoded: Encoded) -> Artifact:
+def _artifact_name(work: Work, number: int, encoded: Encoded) -> str:
     digest = hashlib.sha256(encoded.data).hexdigest()
     # Job and attempt are in the name, so a late attempt cannot touch the winner's bytes; the digest makes
     # storing the same bytes twice harmless.
-    name = f"{work.claim.job_id}.{work.claim.execution[:12]}.{number}.{digest[:12]}"
-    ref = BlobRef(store=REDIS_STORE, name=name, sha256=digest, size_bytes=len(encoded.data))
-    return Artifact(blob=ref, content_type=encoded.content_type, extension=encoded.extension)
+    return f"{work.claim.job_id}.{work.claim.execution[:12]}.{number}.{digest[:12]}"

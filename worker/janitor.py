@@ -24,6 +24,8 @@ from broker_config.errors import BrokerError, LatentqError
 from broker_config.job_store import JobStore
 from broker_config.logs import configure_logging
 from broker_config.settings import Settings, load_settings
+from broker_config.tiered_blob_store import TieredBlobStore
+from worker.blob_sweeper import BlobSweeper
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class Janitor:
         self._stop = threading.Event()
         self._cursor = 0
         self._queued: set[str] = set()
+        #: Whether this janitor leads, as far as it knows.
+        self.leads = False
 
     def stop(self) -> None:
         """Stops soon. Safe from a signal handler."""
@@ -56,7 +60,8 @@ class Janitor:
         logger.info("janitor %s runs", self._name, extra={"action": "janitor_ready"})
         while not self._stop.is_set():
             try:
-                if self._store.lead(self._name, ttl_s=_LEAD_S):
+                self.leads = self._store.lead(self._name, ttl_s=_LEAD_S)
+                if self.leads:
                     self.tick()
             except BrokerError as error:
                 logger.warning("janitor waits for the broker: %s", error, extra={"action": "broker_away"})
@@ -113,10 +118,22 @@ def run_janitor(settings: Settings) -> None:
         LatentqError: no broker is configured or running.
     """
     name = _own_name()
-    janitor = Janitor(JobStore(connect(settings, name=f"latentq-janitor-{name}"), settings), name=name)
+    connections = connect(settings, name=f"latentq-janitor-{name}")
+    janitor = Janitor(JobStore(connections, settings), name=name)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: janitor.stop())
+    stop = threading.Event()
+    sweeper = threading.Thread(
+        target=BlobSweeper(TieredBlobStore(connections, settings)).run,
+        args=(stop,),
+        kwargs={"leads": lambda: janitor.leads},
+        name="blob-sweep",
+        daemon=True,  # a deletion that hangs must not keep the process; what it left is on the list
+    )
+    sweeper.start()
     janitor.run()
+    stop.set()
+    sweeper.join(timeout=_LEAD_S)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

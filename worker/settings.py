@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
+from typing import Annotated
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from broker_config.errors import ConfigurationError
 from broker_config.messages import Mode
@@ -31,7 +33,9 @@ class WorkerSettings(BaseSettings):
     name: str = Field(
         default_factory=_own_name, pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Unique name of the worker."
     )
-    vaes: tuple[str, ...] = Field((), description="Catalogue entries to serve, as JSON list.")
+    vaes: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Catalogue entries to serve, separated by commas or as a JSON list."
+    )
     device: str = Field("auto", description="`cuda:0`, `cpu`, …; auto: the first CUDA device, else the CPU.")
     dtype: str | None = Field(
         None,
@@ -56,7 +60,11 @@ class WorkerSettings(BaseSettings):
     @field_validator("vaes", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return tuple(json.loads(value))
+        return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def load_worker_settings(**overrides: object) -> WorkerSettings:

@@ -39,10 +39,22 @@ local function record(id)
   return rec.state and rec or nil
 end
 
+-- A blob is called by its name; one outside Redis by `<store>/<name>`, and `external:<store>` stands for its bytes
+-- (broker_config/external_index.py).
+local function outside(blob) return string.match(blob, '^([^/]+)/(.+)$') end
+
+local function is_stored(blob)
+  local store, name = outside(blob)
+  if store then return call('ZSCORE', P .. 'external:' .. store, name) and true or false end
+  return call('EXISTS', P .. 'blob:' .. blob) == 1
+end
+
 -- Lets blob `name` live exactly as long as its last owner needs it; without owners, no longer.
 local function settle(name)
   local key, blob = P .. 'owners:' .. name, P .. 'blob:' .. name
   local last = call('ZREVRANGE', key, 0, 0, 'WITHSCORES')
+  local store, file = outside(name)
+  if store then call('ZADD', P .. 'external:' .. store, 'XX', last[2] or 0, file) end
   if #last == 0 then
     call('UNLINK', key, blob)
   elseif last[2] == 'inf' then

@@ -1,16 +1,13 @@
 -- Ends retention: the job becomes a tombstone and its blobs lose this owner.
 -- ARGV: limit, then ids to retire early (`ack`); without ids, whatever is due.
--- Returns {id, store, name, …} of blobs outside Redis that lost their last owner.
-local now, ids, out = now_ms(), {}, {}
+-- Returns how many became tombstones. Blobs outside Redis that lost their last owner are due (scripts/doom.lua).
+local now, ids, count = now_ms(), {}, 0
 for i = 2, #ARGV do ids[#ids + 1] = ARGV[i] end
 local early = #ids > 0
 if not early then ids = call('ZRANGEBYSCORE', RETENTION, '-inf', int(now), 'LIMIT', 0, tonumber(ARGV[1])) end
 
 local function give_up(rec, blob)
-  own(blob.name, rec.id, nil)
-  if blob.store ~= 'redis' and call('EXISTS', P .. 'owners:' .. blob.name) == 0 then
-    for _, item in ipairs({ rec.id, blob.store, blob.name }) do out[#out + 1] = item end
-  end
+  own(blob.store == 'redis' and blob.name or blob.store .. '/' .. blob.name, rec.id, nil)
 end
 
 for _, id in ipairs(ids) do
@@ -31,9 +28,10 @@ for _, id in ipairs(ids) do
       end
       unlist(rec)
       call('UNLINK', RQ .. 'job:' .. id, RQ .. 'results:' .. id)
+      count = count + 1
     end
   elseif not rec then
     call('ZREM', RETENTION, id)
   end
 end
-return out
+return count

@@ -16,10 +16,9 @@ def show(report: Report, plan: Plan) -> None:
     print(f"rq info ran {report.rq_info_runs} times; {report.submit_retries} submits were repeated")
     for name, times in (("undisturbed", report.requeue_s), ("broker or janitor died too", report.requeue_disturbed_s)):
         if times:
-            print(
-                f"kill → queued again, {name}: median {sorted(times)[len(times) // 2]:.1f} s, "
-                f"longest {max(times):.1f} s of {len(times)} (lease {plan.lease_s:.0f} s, bar {plan.lease_s + REQUEUE_SLACK_S:.0f} s)"
-            )
+            middle, longest = sorted(times)[len(times) // 2], max(times)
+            print(f"kill → queued again, {name}: median {middle:.1f} s, longest {longest:.1f} s of {len(times)}")
+    print(f"(lease {plan.lease_s:.0f} s, bar {plan.lease_s + REQUEUE_SLACK_S:.0f} s)")
     for problem in report.problems:
         print(f"PROBLEM {problem}")
 

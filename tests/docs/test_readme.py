@@ -77,6 +77,27 @@ def test_the_shell_block_runs(stack: tuple[Path, dict[str, str]]) -> None:
             job_id = done.stdout.split()[0]
 
 
+def test_the_examples_run(stack: tuple[Path, dict[str, str]]) -> None:
+    folder, environment = stack
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments], env=environment, cwd=folder, capture_output=True, text=True, timeout=150
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    files = run(str(ROOT / "examples" / "overlap.py"), "pictures").split()
+    assert sorted(Path(file).name for file in files) == [
+        "a-fox-in-the-snow.png",
+        "a-lighthouse-at-dusk.png",
+        "an-old-map.png",
+    ]
+    example = str(ROOT / "examples" / "fire_and_forget.py")
+    run(example, run(example).strip(), "forgotten.png")
+    assert (folder / "forgotten.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_the_catalogue_block_is_a_catalogue(tmp_path: Path) -> None:
     from broker_config.vae_catalog import VaeCatalog
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -60,9 +61,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def pipelines_importable() -> None:
     """diffusers has its pipelines only where transformers is; without it the test is skipped, and fails in CI."""
-    try:
-        import transformers  # type: ignore[import-not-found]  # noqa: F401
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("transformers") is None:
         reason = "transformers is not installed: diffusers' pipelines need it (`pip install latentq[farm]`)"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import redis
+from pydantic import SecretStr
 
 from broker_config import keys
 from broker_config.settings import Settings
@@ -27,7 +28,8 @@ def environment_of(settings: Settings) -> dict[str, str]:
     for name in settings.model_fields_set - {"redis_url"}:
         value = getattr(settings, name)
         if value is not None:
-            environment[f"LATENTQ_{name.upper()}"] = str(value)
+            text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            environment[f"LATENTQ_{name.upper()}"] = text
     environment["PYTHONPATH"] = str(ROOT)
     environment["OMP_NUM_THREADS"] = "1"
     environment["HF_HUB_OFFLINE"] = "1"

@@ -48,9 +48,7 @@ def serving(folder: Path, *, catalog: Path, vaes: tuple[str, ...]) -> Iterator[S
     """A broker in `folder` and a worker for `vaes` (none: no worker); afterwards no stray key may be left."""
     with EmbeddedBroker(folder, max_memory_bytes=256 * 1024 * 1024) as broker:
         # Long leases: nobody reaps here, and a machine under load must not change what these tests see.
-        settings = load_settings(
-            redis_url=broker.url, catalog=catalog, lease_s=30.0, lease_renew_s=1.0, _env_file=None
-        )
+        settings = load_settings(redis_url=broker.url, catalog=catalog, lease_s=30.0, lease_renew_s=1.0, _env_file=None)
         connections = connect_url(broker.url, name="latentq-test")
         workers = WorkerProcesses(settings)
         with redis.Redis.from_url(broker.url) as admin:

@@ -13,7 +13,8 @@ Factory = Callable[[], Any]
 
 
 def _image_vae(channels: int, **config: Any) -> Any:
-    return AutoencoderKL(
+    autoencoder: Any = AutoencoderKL
+    return autoencoder(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 4,

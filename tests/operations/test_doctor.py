@@ -1,0 +1,510 @@
+"""Each check of `latentq doctor` both ways, on a real broker: all is well, and the thing it is there to find.
+
+What a test cannot do to a broker or a clock (an old version, a full disk, a slow network) is put into what was read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from broker_config import keys
+from broker_config.broker_facts import read_broker_facts
+from broker_config.connection import Connections
+from broker_config.job_audit import audit_jobs
+from broker_config.job_store import JobStore
+from broker_config.settings import Settings
+from broker_config.tiered_blob_store import TieredBlobStore
+from producer import DecodeClient
+from producer.doctor import Finding, Level, diagnose, observe
+from producer.doctor.broker_checks import admission, blob_store, clock, disk, latency, version, writes
+from producer.doctor.finding import Observations
+from producer.quantities import byte_size, duration
+from tests.operations.conftest import Made, Run, parsed
+
+BrokerSet = Callable[[str, str], None]
+CHECKS = [
+    "catalogue", "broker",
+    "version", "latency", "clock", "memory limit", "eviction", "aof", "fsync", "disk", "writes", "admission",
+    "blob store",
+    "janitor", "leases", "suspended", "unserved VAEs", "paused VAEs", "waits", "parked jobs", "lost jobs", "totals",
+    "keys",
+]  # fmt: skip
+
+
+@pytest.fixture
+def finding(settings: Settings) -> Callable[..., Finding]:
+    """What the doctor says in one check: `finding("aof")`."""
+
+    def one(check: str, **options: Any) -> Finding:
+        (found,) = [item for item in diagnose(settings, **options).findings if item.check == check]
+        assert (found.fix is None) == (found.level is Level.OK), "a finding that is not ok comes with a fix"
+        return found
+
+    return one
+
+
+Of = Callable[..., Finding]
+
+
+@pytest.fixture
+def janitor(store: JobStore) -> str:
+    """A janitor that leads and has just looked at the leases."""
+    store.lead("janitor-1", ttl_s=60)
+    store.reap("janitor-1", quiet_s=10)
+    return "janitor-1"
+
+
+@pytest.fixture
+def seen(connections: Connections, settings: Settings) -> Observations:
+    """Observations of an empty broker."""
+    return observe(connections, settings, long_wait_s=600, max_keys=1000)
+
+
+def with_facts(seen: Observations, **facts: Any) -> Observations:
+    return dataclasses.replace(seen, facts=dataclasses.replace(seen.facts, **facts))
+
+
+# The whole -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("janitor")
+def test_a_queue_at_work_has_no_problem(made: Made, cli: Run) -> None:
+    made.serving("worker-1", "sdxl", "sd")
+    made.succeeded("done")
+    made.failed("broken")
+    made.canceled("gone")
+    made.processing("runs")
+    made.queued("waits")
+    result = cli("doctor", "--json")
+    findings = {item["check"]: item for item in parsed(result)}
+    assert list(findings) == CHECKS
+    assert {name for name, item in findings.items() if item["level"] != "ok"} - {"latency"} == set()
+    assert result.exit_code == 0
+    assert findings["totals"]["finding"] == "2 unfinished jobs, as counted"
+    assert findings["leases"]["finding"] == "1 held, none overdue"
+
+
+@pytest.mark.usefixtures("janitor")
+def test_a_warning_alone_is_not_a_failure_and_a_problem_is(cli: Run, made: Made, admin: redis.Redis) -> None:
+    made.queued("held")
+    cli("pause", "sdxl")
+    result = cli("doctor")
+    assert result.exit_code == 0
+    assert "warning  paused VAEs    paused: sdxl (1 job waiting)\n" in result.stdout
+    assert "                        → `latentq resume sdxl`\n" in result.stdout
+    assert "23 checks: 1 warning" in result.stdout
+    admin.delete(keys.JANITOR)
+    result = cli("doctor")
+    assert result.exit_code == 1
+    assert "23 checks: 1 problem, 1 warning" in result.stdout
+
+
+def test_the_doctor_changes_nothing(made: Made, cli: Run, admin: redis.Redis) -> None:
+    made.failed("broken")
+    made.processing("runs")
+    made.queued("waits")
+
+    readers: dict[bytes | str, Callable[[bytes], Any]] = {
+        b"string": admin.get,
+        b"hash": admin.hgetall,
+        b"set": admin.smembers,
+        b"stream": admin.xrange,
+        b"list": lambda key: admin.lrange(key, 0, -1),
+        b"zset": lambda key: admin.zrange(key, 0, -1, withscores=True),
+    }
+
+    def everything() -> dict[bytes, object]:
+        return {key: (readers[admin.type(key)](key), admin.pexpiretime(key)) for key in admin.scan_iter(count=1000)}
+
+    before = everything()
+    cli("doctor")
+    assert everything() == before
+
+
+def test_without_a_broker_it_says_how_to_get_one(settings: Settings, tmp_path: Path) -> None:
+    nowhere = settings.model_copy(update={"redis_url": None, "data_dir": tmp_path})
+    catalogue, broker = diagnose(nowhere).findings
+    assert (catalogue.level, broker.level, broker.check) == (Level.OK, Level.PROBLEM, "broker")
+    assert broker.finding == "No broker is running; nothing else was checked"
+    assert broker.fix == "start one with `latentq up`, or set LATENTQ_REDIS_URL."
+
+
+def test_a_broker_that_does_not_answer_is_a_problem(cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LATENTQ_REDIS_URL", f"unix://{tmp_path}/no.sock")
+    result = cli("doctor", "--json")
+    assert result.exit_code == 1
+    assert [(item["check"], item["level"]) for item in parsed(result)] == [("catalogue", "ok"), ("broker", "problem")]
+    assert "does not answer" in parsed(result)[1]["finding"]
+
+
+def test_a_catalogue_that_does_not_load_is_named(settings: Settings, tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('[mine]\ntitle = "no weights"\n')
+    first, *others = diagnose(settings.model_copy(update={"catalog": own})).findings
+    assert (first.check, first.level) == ("catalogue", Level.PROBLEM)
+    assert "entry [mine]" in first.finding
+    assert len(others) == len(CHECKS) - 1
+
+
+# The broker ----------------------------------------------------------------------------------------------
+
+
+def test_an_old_broker_is_a_problem(seen: Observations) -> None:
+    assert version(seen).level is Level.OK
+    old = version(with_facts(seen, version_fault="is Redis 6.2.14, older than 7.0"))
+    assert (old.level, old.finding) == (Level.PROBLEM, "the broker is Redis 6.2.14, older than 7.0")
+
+
+@pytest.mark.parametrize(("seconds", "level"), [(0.0001, Level.OK), (0.049, Level.OK), (0.2, Level.WARNING)])
+def test_a_slow_network_is_a_warning(seen: Observations, seconds: float, level: Level) -> None:
+    assert latency(with_facts(seen, latency_s=seconds)).level is level
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "level", "words"),
+    [
+        (0.3, Level.OK, "within 0.3 s"),
+        (-1.9, Level.OK, "within 1.9 s"),
+        (25.0, Level.WARNING, "25 s ahead of"),
+        (-7200.0, Level.WARNING, "2 h behind"),
+    ],
+)
+def test_a_host_whose_clock_is_off_is_a_warning(seen: Observations, ahead_s: float, level: Level, words: str) -> None:
+    found = clock(with_facts(seen, clock_ahead_s=ahead_s))
+    assert (found.level, words in found.finding) == (level, True)
+
+
+def test_this_hosts_clock_is_the_brokers(connections: Connections) -> None:
+    assert abs(read_broker_facts(connections).clock_ahead_s) < 1
+
+
+def test_no_memory_limit_is_a_warning(finding: Of, broker_set: BrokerSet) -> None:
+    assert finding("memory limit").finding.endswith("of 512.0 MiB used")
+    broker_set("maxmemory", "0")
+    assert finding("memory limit").level is Level.WARNING
+
+
+def test_a_broker_that_evicts_is_a_problem(finding: Of, broker_set: BrokerSet) -> None:
+    assert finding("eviction").level is Level.OK
+    broker_set("maxmemory-policy", "allkeys-lru")
+    assert finding("eviction").level is Level.PROBLEM
+    assert "noeviction" in (finding("eviction").fix or "")
+    broker_set("maxmemory", "0")
+    assert finding("eviction").level is Level.WARNING
+
+
+def test_a_broker_without_aof_is_a_problem(finding: Of, broker_set: BrokerSet) -> None:
+    assert finding("aof").level is Level.OK
+    broker_set("appendonly", "no")
+    assert finding("aof").level is Level.PROBLEM
+    assert finding("fsync").level is Level.OK
+
+
+@pytest.mark.parametrize(("policy", "level"), [("always", Level.OK), ("everysec", Level.OK), ("no", Level.WARNING)])
+def test_appendfsync_no_is_a_warning(finding: Of, broker_set: BrokerSet, policy: str, level: Level) -> None:
+    broker_set("appendfsync", policy)
+    assert finding("fsync").level is level
+
+
+@pytest.mark.parametrize(
+    ("facts", "level", "words"),
+    [
+        ({}, Level.OK, "went well"),
+        ({"append_ok": False}, Level.PROBLEM, "append-only file"),
+        ({"rewrite_ok": False}, Level.WARNING, "AOF rewrite failed"),
+        ({"rewrite_ok": False, "snapshot_ok": False}, Level.WARNING, "AOF rewrite and snapshot failed"),
+    ],
+)
+def test_a_failing_disk_is_found(seen: Observations, facts: dict[str, bool], level: Level, words: str) -> None:
+    found = disk(with_facts(seen, **facts))
+    assert (found.level, words in found.finding) == (level, True)
+
+
+def test_a_full_broker_and_one_without_its_replicas_refuse_writes(finding: Of, broker_set: BrokerSet) -> None:
+    assert finding("writes").level is Level.OK
+    broker_set("min-replicas-to-write", "1")
+    assert finding("writes").level is Level.PROBLEM
+    assert "min-replicas-to-write" in (finding("writes").fix or "")
+    broker_set("min-replicas-to-write", "0")
+    broker_set("maxmemory", "1mb")
+    assert "raise maxmemory" in (finding("writes").fix or "")
+    assert finding("admission").level is Level.PROBLEM
+
+
+@pytest.mark.parametrize(
+    ("refusal", "fix"),
+    [
+        ("MISCONF Errors writing to the AOF file: No space left on device", "free space"),
+        ("You can't write against a read only replica.", "the primary"),
+        ("this user has no permissions to run the 'eval' command", "rights"),
+        ("something new", "log"),
+    ],
+)
+def test_a_refusal_comes_with_its_fix(seen: Observations, refusal: str, fix: str) -> None:
+    assert fix in (writes(with_facts(seen, write_refusal=refusal)).fix or "")
+
+
+@pytest.mark.parametrize(("jobs", "level"), [(7, Level.OK), (8, Level.WARNING), (10, Level.PROBLEM)])
+def test_a_queue_that_is_nearly_full_is_a_warning_and_a_full_one_a_problem(
+    seen: Observations, jobs: int, level: Level
+) -> None:
+    narrow = dataclasses.replace(
+        seen,
+        settings=seen.settings.model_copy(update={"max_pending_jobs": 10}),
+        totals=dataclasses.replace(seen.totals, jobs=jobs),
+    )
+    assert admission(narrow).level is level
+
+
+def test_admission_counts_stored_and_expected_bytes_against_the_watermark(seen: Observations) -> None:
+    limited = with_facts(seen, max_memory_bytes=1000, used_memory_bytes=300)
+    reserved = dataclasses.replace(limited, totals=dataclasses.replace(seen.totals, reserved_bytes=150))
+    assert seen.settings.memory_watermark == 0.75
+    assert admission(reserved).finding.startswith("60% of what submits may fill (75% of maxmemory)")
+
+
+# The store of large blobs ----------------------------------------------------------------------------------
+
+
+def test_the_store_of_large_blobs_must_be_the_brokers(
+    connections: Connections, settings: Settings, tmp_path: Path
+) -> None:
+    def found(folder: Path | None) -> Finding:
+        url = None if folder is None else folder.as_uri()
+        here = settings.model_copy(update={"blob_store": url})
+        return blob_store(observe(connections, here, long_wait_s=600, max_keys=10))
+
+    shared, other = tmp_path / "shared", tmp_path / "other"
+    assert (found(None).level, found(None).finding) == (Level.OK, "all blobs lie in the broker")
+    assert found(shared).level is Level.OK
+    assert not shared.exists(), "the doctor makes no store"
+
+    opened = TieredBlobStore(connections, settings.model_copy(update={"blob_store": shared.as_uri()}))
+    opened.verify()
+    opened.close()
+    assert (found(shared).level, found(shared).finding) == (Level.OK, f"{shared.as_uri()} is the broker's")
+    assert found(None).level is Level.PROBLEM
+    assert shared.as_uri() in found(None).finding
+    assert found(other).level is Level.PROBLEM
+    assert found(other).finding.startswith(f"{other.as_uri()} is not a store yet; the broker's is {shared.as_uri()}")
+    connections.commands.delete(keys.STORES)
+    assert found(shared).level is Level.PROBLEM
+    assert found(shared).finding.endswith("the broker knows none")
+    (shared / "latentq-store.json").write_text("{}")
+    assert "damaged" in found(shared).finding
+
+
+# Janitor and leases --------------------------------------------------------------------------------------
+
+
+def test_a_missing_or_hanging_janitor_is_a_problem(finding: Of, store: JobStore, admin: redis.Redis) -> None:
+    assert finding("janitor").finding.startswith("none leads")
+    store.lead("janitor-1", ttl_s=60)
+    store.reap("janitor-1", quiet_s=10)
+    assert finding("janitor") == Finding(check="janitor", level=Level.OK, finding="janitor-1 leads")
+    admin.hset(keys.REAPER, "at_ms", store.now_ms() - 60_000)
+    hanging = finding("janitor")
+    assert (hanging.level, "not looked at the leases for 60 s" in hanging.finding) == (Level.PROBLEM, True)
+
+
+def test_a_job_whose_lease_ended_and_that_nobody_took_back_is_a_problem(
+    finding: Of, made: Made, store: JobStore, admin: redis.Redis
+) -> None:
+    made.processing("stuck")
+    assert finding("leases").level is Level.OK
+    admin.zadd(keys.LEASES, {"stuck": store.now_ms() - 60_000})
+    assert finding("leases").finding == "1 job without a live worker: stuck"
+    assert finding("leases").level is Level.PROBLEM
+    store.reap("janitor-1", quiet_s=10)  # the first look after an outage gives everyone a lease length
+    assert finding("leases").level is Level.WARNING
+
+
+# Queues --------------------------------------------------------------------------------------------------
+
+
+def test_rqs_suspend_is_a_warning(finding: Of, admin: redis.Redis) -> None:
+    assert finding("suspended").level is Level.OK
+    admin.set(keys.RQ_SUSPENDED, 1, ex=60)
+    assert finding("suspended").level is Level.WARNING
+
+
+def test_waiting_jobs_that_no_worker_serves_are_a_problem(finding: Of, made: Made) -> None:
+    made.queued("one")
+    made.queued("two", priority="high")
+    assert finding("unserved VAEs") == Finding(
+        check="unserved VAEs",
+        level=Level.PROBLEM,
+        finding="no live worker serves sdxl (2 jobs waiting)",
+        fix="start one: `latentq worker --vae sdxl`",
+    )
+    made.serving("worker-1", "sdxl")
+    assert finding("unserved VAEs").level is Level.OK
+
+
+def test_a_paused_vae_with_waiting_jobs_is_a_warning_and_one_without_is_not(finding: Of, made: Made, cli: Run) -> None:
+    cli("pause", "sdxl")
+    assert finding("paused VAEs").level is Level.OK
+    made.queued("held")
+    assert finding("paused VAEs").level is Level.WARNING
+    assert finding("unserved VAEs").level is Level.OK
+    cli("resume", "sdxl")
+    assert finding("paused VAEs").level is Level.OK
+
+
+def test_a_long_wait_of_a_served_vae_is_a_warning(finding: Of, made: Made, store: JobStore, admin: redis.Redis) -> None:
+    made.serving("worker-1", "sdxl")
+    assert finding("waits").finding == "no job waits"
+    made.queued("slow")
+    assert finding("waits").level is Level.OK
+    admin.hset(keys.job("slow"), "submitted_ms", store.now_ms() - 3_600_000)
+    found = finding("waits")
+    assert (found.level, found.finding) == (Level.WARNING, "the oldest job waits for 60 min (sdxl.normal)")
+    assert finding("waits", long_wait_s=7200).level is Level.OK
+
+
+def test_parked_jobs_are_a_warning(finding: Of, made: Made, store: JobStore, admin: redis.Redis) -> None:
+    assert finding("parked jobs").level is Level.OK
+    made.queued("new")
+    admin.hset(keys.job("new"), "schema", 99)
+    store.claim(token="token", worker="old", vaes=["sdxl"])
+    found = finding("parked jobs")
+    assert (found.level, found.finding[:30]) == (Level.WARNING, "1 job of a newer message versi")
+    assert finding("lost jobs").level is Level.OK
+
+
+# The walk ------------------------------------------------------------------------------------------------
+
+
+def backdate(admin: redis.Redis, job_id: str, field: str) -> None:
+    admin.hincrby(keys.job(job_id), field, -60_000)
+
+
+def test_a_job_on_no_list_is_found_once_it_has_had_time_to_get_there(
+    finding: Of, made: Made, admin: redis.Redis
+) -> None:
+    made.queued("lost")
+    made.queued("waits")
+    admin.lrem(keys.rq_queue("latentq.sdxl.normal"), 0, "lost")
+    assert finding("lost jobs").level is Level.OK
+    backdate(admin, "lost", "queued_ms")
+    backdate(admin, "waits", "queued_ms")
+    found = finding("lost jobs")
+    assert (found.level, found.finding) == (Level.PROBLEM, "1 job queued, but on no list: lost")
+
+
+@pytest.mark.usefixtures("janitor")
+def test_a_running_job_without_lease_is_found_and_the_janitor_that_leads_mends_it(
+    finding: Of, made: Made, store: JobStore, admin: redis.Redis
+) -> None:
+    made.processing("runs")
+    made.processing("lost", "sd")
+    backdate(admin, "runs", "started_ms")
+    backdate(admin, "lost", "started_ms")
+    admin.zrem(keys.LEASES, "lost")
+    found = finding("lost jobs")
+    assert (found.level, found.finding) == (Level.WARNING, "1 job processing, but without lease: lost")
+    assert store.audit(["lost"], settle_s=5) == {"lost": "leased"}
+    assert finding("lost jobs").level is Level.OK
+
+
+def test_totals_that_drifted_are_found_and_the_fix_is_the_truth(finding: Of, made: Made, admin: redis.Redis) -> None:
+    made.queued("one")
+    made.failed("ended", "sd")
+    made.processing("two", "sd")
+    assert finding("totals").finding == "2 unfinished jobs, as counted"
+    latents_bytes = int(admin.hget(keys.TOTALS, "latents_bytes") or 0)
+    admin.hincrby(keys.TOTALS, "jobs", 3)
+    admin.hincrby(keys.TOTALS, "latents_bytes", -8)
+    found = finding("totals")
+    assert found.level is Level.WARNING
+    assert found.finding == (
+        f"admission counts jobs 5 instead of 2, latents_bytes {latents_bytes - 8} instead of {latents_bytes}"
+    )
+    assert f"HSET latentq:totals jobs 2 latents_bytes {latents_bytes} reserved_bytes 1024" in (found.fix or "")
+
+
+def test_a_key_that_nothing_will_delete_is_found(finding: Of, made: Made, admin: redis.Redis) -> None:
+    made.succeeded("done")
+    made.processing("runs")
+    made.queued("waits", "sd")
+    admin.set("someone:elses", "key")
+    admin.hset(keys.rq_job("elses"), mapping={"origin": "default", "status": "finished"})
+    assert finding("keys").level is Level.OK
+    blob = keys.blob("orphan.in.0123")
+    admin.set(blob, b"latents that nobody owns")
+    admin.persist(keys.job("done"))
+    admin.persist(keys.owners("done.out"))
+    found = finding("keys")
+    assert found.level is Level.WARNING
+    assert found.finding == (f"3 keys that nothing will delete: {blob}, {keys.job('done')}, {keys.owners('done.out')}")
+    for key in (blob, keys.job("done"), keys.owners("done.out"), "someone:elses", keys.rq_job("elses")):
+        admin.delete(key)
+
+
+def test_a_walk_that_is_cut_short_says_so(finding: Of, made: Made) -> None:
+    for number in range(1200):
+        made.queued(f"job-{number}")
+    assert finding("keys", max_keys=1).finding.startswith("each of the first ")
+    assert "too many keys" in finding("totals", max_keys=1).finding
+    assert finding("totals").finding == "1200 unfinished jobs, as counted"
+
+
+def test_what_changes_during_the_walk_is_not_called_an_error(
+    made: Made, connections: Connections, client: DecodeClient
+) -> None:
+    for number in range(20):
+        made.queued(f"standing-{number}", "sd")
+    stop = threading.Event()
+
+    def churn() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            made.succeeded(f"passing-{number}")
+
+    thread = threading.Thread(target=churn, name="churn")
+    thread.start()
+    try:
+        audits = [audit_jobs(connections, max_keys=100_000) for _ in range(10)]
+    finally:
+        stop.set()
+        thread.join()
+    assert [(item.unlisted, item.unleased, item.immortal) for item in audits] == [((), (), ())] * 10
+    compared = [item for item in audits if item.recounted is not None]
+    assert compared
+    assert [item.totals for item in compared] == [item.recounted for item in compared]
+
+
+# Quantities ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (95, "95 s"),
+        (120, "2 min"),
+        (7199, "119 min"),
+        (7200, "2 h"),
+        (200_000, "2 d"),
+    ],
+)
+def test_durations_in_words(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (4 << 30, "4.0 GiB"), (5 << 50, "5120.0 TiB")],
+)
+def test_sizes_in_words(count: int, text: str) -> None:
+    assert byte_size(count) == text

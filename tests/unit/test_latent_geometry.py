@@ -1,0 +1,167 @@
+"""What latents decode to is arithmetic: sizes by hand, from the compression of each VAE and its pipeline's rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker_config.errors import InvalidChannels, InvalidRank, InvalidSize
+from broker_config.latent_geometry import Geometry, LatentLayout, measure
+
+UNPACKED, PACKED, VIDEO, VIDEO_2D = LatentLayout
+
+
+@dataclass(frozen=True)
+class Vae:
+    """Channels, pixels per latent pixel, frames per latent frame."""
+
+    channels: int
+    spatial: int
+    temporal: int = 1
+
+
+SD, FLUX, HUNYUAN = Vae(4, 8), Vae(16, 8), Vae(16, 8, 4)
+#: DC-AE and Mochi: nothing may be fixed to 8 and 4.
+WIDE, LONG = Vae(32, 32), Vae(12, 8, 6)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "vae", "asked", "expected"),
+    [
+        (UNPACKED, (1, 4, 64, 64), SD, {}, (1, 1, 512, 512)),
+        (UNPACKED, (3, 4, 96, 128), SD, {}, (3, 1, 768, 1024)),
+        (UNPACKED, (1, 4, 1, 1), SD, {}, (1, 1, 8, 8)),
+        (UNPACKED, (1, 32, 20, 32), WIDE, {}, (1, 1, 640, 1024)),
+        (UNPACKED, (1, 4, 96, 128), SD, {"height": 768, "width": 1024, "num_frames": 1}, (1, 1, 768, 1024)),
+        (PACKED, (1, 4096, 64), FLUX, {"height": 1024, "width": 1024}, (1, 1, 1024, 1024)),
+        (PACKED, (2, 3072, 64), FLUX, {"height": 768, "width": 1024}, (2, 1, 768, 1024)),
+        (PACKED, (2, 3072, 64), FLUX, {"height": 1024, "width": 768}, (2, 1, 1024, 768)),
+        (PACKED, (1, 1, 64), FLUX, {"height": 16, "width": 16}, (1, 1, 16, 16)),
+        # FluxPipeline rounds down to multiples of 16: 1080 → 1072, 1928 → 1920.
+        (PACKED, (1, 67 * 120, 64), FLUX, {"height": 1080, "width": 1928}, (1, 1, 1072, 1920)),
+        (PACKED, (1, 6, 128), WIDE, {"height": 128, "width": 192}, (1, 1, 128, 192)),
+        (VIDEO, (1, 16, 33, 90, 160), HUNYUAN, {}, (1, 129, 720, 1280)),
+        (VIDEO, (2, 16, 1, 4, 6), HUNYUAN, {}, (2, 1, 32, 48)),
+        (VIDEO, (1, 16, 2, 4, 6), HUNYUAN, {"num_frames": 5}, (1, 5, 32, 48)),
+        (VIDEO, (1, 12, 28, 60, 106), LONG, {"height": 480, "width": 848, "num_frames": 163}, (1, 163, 480, 848)),
+        (VIDEO_2D, (2, 4, 16, 64, 64), SD, {}, (2, 16, 512, 512)),
+        (VIDEO_2D, (1, 4, 1, 64, 64), SD, {"num_frames": 1}, (1, 1, 512, 512)),
+    ],
+)
+def test_sizes_by_hand(
+    layout: LatentLayout, shape: tuple[int, ...], vae: Vae, asked: dict[str, int], expected: tuple[int, ...]
+) -> None:
+    batch, num_frames, height, width = expected
+    assert measure(layout, shape, vae=vae, **asked) == Geometry(
+        batch=batch,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        is_video=layout in (VIDEO, VIDEO_2D),
+    )
+
+
+sizes = st.integers(1, 10**6)
+
+
+@given(batch=sizes, rows=sizes, columns=sizes, spatial=sizes)
+def test_a_picture_is_its_latents_times_the_compression(batch: int, rows: int, columns: int, spatial: int) -> None:
+    made = measure(UNPACKED, (batch, 4, rows, columns), vae=Vae(4, spatial))
+    assert (made.batch, made.num_frames, made.height, made.width) == (batch, 1, rows * spatial, columns * spatial)
+
+
+@given(rows=sizes, columns=sizes, spare_height=st.integers(0, 15), spare_width=st.integers(0, 15))
+def test_packed_latents_are_what_is_left_of_the_size_after_rounding_down(
+    rows: int, columns: int, spare_height: int, spare_width: int
+) -> None:
+    asked = {"height": rows * 16 + spare_height, "width": columns * 16 + spare_width}
+    made = measure(PACKED, (1, rows * columns, 64), vae=FLUX, **asked)
+    assert (made.height, made.width) == (rows * 16, columns * 16)
+    with pytest.raises(InvalidSize):
+        measure(PACKED, (1, rows * columns + 1, 64), vae=FLUX, **asked)
+
+
+@given(frames=sizes, temporal=sizes)
+def test_the_first_latent_frame_is_one_frame_and_each_other_as_many_as_the_compression(
+    frames: int, temporal: int
+) -> None:
+    made = measure(VIDEO, (1, 16, frames, 1, 1), vae=Vae(16, 8, temporal))
+    assert made.num_frames == 1 + (frames - 1) * temporal
+
+
+def expect_refusal(kind: Any, code: str, field: str, layout: LatentLayout, shape: Any, vae: Vae, **asked: int) -> str:
+    with pytest.raises(kind) as refusal:
+        measure(layout, shape, vae=vae, **asked)
+    assert type(refusal.value) is kind
+    assert (refusal.value.code, refusal.value.field) == (code, field)
+    return str(refusal.value.message)
+
+
+@pytest.mark.parametrize("layout", list(LatentLayout))
+@pytest.mark.parametrize("rank", range(9))
+def test_only_the_layouts_own_rank_is_taken(layout: LatentLayout, rank: int) -> None:
+    own = {UNPACKED: 4, PACKED: 3, VIDEO: 5, VIDEO_2D: 5}[layout]
+    shape = (1, 4, 8, 8, 8, 8, 8, 8)[:rank]
+    if rank != own:
+        message = expect_refusal(InvalidRank, "latents_rank", "latents", layout, shape, SD)
+        assert f"{rank} dimensions, layout {layout} takes (batch, " in message
+
+
+@pytest.mark.parametrize("layout", list(LatentLayout))
+def test_an_empty_dimension_is_refused_wherever_it_is(layout: LatentLayout) -> None:
+    shape = {UNPACKED: (1, 4, 8, 8), PACKED: (1, 24, 16), VIDEO: (1, 4, 2, 8, 8), VIDEO_2D: (1, 4, 2, 8, 8)}[layout]
+    for place in range(len(shape)):
+        for size in (0, -1):
+            broken = (*shape[:place], size, *shape[place + 1 :])
+            message = expect_refusal(InvalidSize, "latents_size", "latents", layout, broken, SD, height=64, width=96)
+            assert "empty dimension" in message
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "found", "expected"),
+    [
+        (UNPACKED, (1, 16, 8, 8), 16, 4),
+        (UNPACKED, (1, 8, 8, 4), 8, 4),
+        (PACKED, (1, 24, 4), 4, 16),
+        (PACKED, (1, 24, 64), 64, 16),
+        (VIDEO, (1, 2, 4, 8, 8), 2, 4),
+        (VIDEO_2D, (1, 2, 4, 8, 8), 2, 4),
+    ],
+)
+def test_channels_of_another_vae_are_refused(
+    layout: LatentLayout, shape: tuple[int, ...], found: int, expected: int
+) -> None:
+    message = expect_refusal(InvalidChannels, "latents_channels", "latents", layout, shape, SD, height=64, width=96)
+    assert f"{found} channels, this VAE takes {expected}" in message
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "asked", "field"),
+    [
+        (UNPACKED, (1, 4, 8, 12), {"height": 65}, "height"),
+        (UNPACKED, (1, 4, 8, 12), {"height": 96, "width": 64}, "height"),
+        (UNPACKED, (1, 4, 8, 12), {"height": 64, "width": 64}, "width"),
+        (UNPACKED, (1, 4, 8, 12), {"num_frames": 2}, "num_frames"),
+        (PACKED, (1, 24, 16), {}, "height"),
+        (PACKED, (1, 24, 16), {"width": 96}, "height"),
+        (PACKED, (1, 24, 16), {"height": 64}, "width"),
+        (PACKED, (1, 24, 16), {"height": 64, "width": 64}, "height"),
+        (PACKED, (1, 24, 16), {"height": 15, "width": 96}, "height"),
+        (PACKED, (1, 24, 16), {"height": 64, "width": 96, "num_frames": 2}, "num_frames"),
+        (VIDEO_2D, (1, 4, 3, 8, 12), {"num_frames": 9}, "num_frames"),
+        (VIDEO_2D, (1, 4, 3, 8, 12), {"width": 64}, "width"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_refused_by_its_name(
+    layout: LatentLayout, shape: tuple[int, ...], asked: dict[str, int], field: str
+) -> None:
+    expect_refusal(InvalidSize, "latents_size", field, layout, shape, SD, **asked)
+
+
+def test_huge_shapes_are_only_numbers() -> None:
+    made = measure(UNPACKED, (1, 4, 2**40, 2**40), vae=SD)
+    assert made.height * made.width == 2**86
