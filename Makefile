@@ -20,7 +20,7 @@ run: $(VENV)/.installed-run ## Send real latents the whole way: broker, worker, 
 	$(BIN)/latentq demo $(ARGS)
 
 test: $(VENV)/.installed ## Run the tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed ## Lint, formatting, types, and who may import whom
 	$(BIN)/ruff check

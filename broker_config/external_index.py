@@ -36,7 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 from uuid import uuid4
 
 from broker_config import keys
@@ -44,7 +44,8 @@ from broker_config.connection import Connections, broker_errors
 from broker_config.errors import BlobStoreUnavailable
 from broker_config.scripts import source
 
-_READY = "ready "
+#: What stands before the URL of a store that is set up (scripts/register_store.lua).
+_READY: Final = b"ready "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,15 +82,17 @@ class ExternalIndex:
         it: ids that were given out to be created count only when they come back.
         """
         answer = [part.decode() for part in self._run("register_store", url, found or "", uuid4().hex)]
-        return Registration(word=answer[0], store_id=answer[1], url=answer[2])  # type: ignore[arg-type]
+        return Registration(word=answer[0], store_id=answer[1], url=answer[2])
 
     def registered(self) -> tuple[str, str] | None:
         """Id and URL of the broker's store; None: it has none."""
         with broker_errors(self._connections.url):
             known = self._connections.commands.hgetall(keys.STORES)
         for store_id, entry in known.items():
-            if entry.decode().startswith(_READY):
-                return store_id.decode(), entry.decode().removeprefix(_READY)
+            assert isinstance(store_id, bytes)
+            assert isinstance(entry, bytes)
+            if entry.startswith(_READY):
+                return store_id.decode(), entry.removeprefix(_READY).decode()
         return None
 
     # Blobs ----------------------------------------------------------------------------------------------

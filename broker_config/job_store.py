@@ -19,7 +19,15 @@ from typing import Any, Final, NamedTuple
 from broker_config import keys, rq_format
 from broker_config.blob_store import address
 from broker_config.connection import Connections, broker_errors
-from broker_config.errors import BlobMissing, JobConflict, JobNotFound, QueueFull, StartDeadlinePassed, WorkerCrashed
+from broker_config.errors import (
+    BlobMissing,
+    JobConflict,
+    JobNotFound,
+    QueueFull,
+    StartDeadlinePassed,
+    UnsupportedMessage,
+    WorkerCrashed,
+)
 from broker_config.messages import SCHEMA_VERSION, DecodeRequest, DecodeResult, JobSnapshot, JobStatus, Mode
 from broker_config.scripts import source
 from broker_config.settings import Settings
@@ -408,6 +416,14 @@ def _decode(raw: Mapping[bytes, bytes]) -> dict[str, str]:
     return {name.decode(): value.decode() for name, value in raw.items()}
 
 
+def _request_of(message: str) -> DecodeRequest | None:
+    """The request, or None where a newer producer wrote it: the job is there all the same."""
+    try:
+        return DecodeRequest.from_wire(message)
+    except UnsupportedMessage:
+        return None
+
+
 def _snapshot(
     job_id: str, record: Mapping[str, str], errors: Sequence[bytes], *, served: bool, now_ms: int
 ) -> JobSnapshot:
@@ -422,7 +438,7 @@ def _snapshot(
         job_id=job_id,
         status=status,
         vae=record["vae"],
-        request=DecodeRequest.from_wire(message) if message else None,
+        request=_request_of(message) if message else None,
         result=DecodeResult.from_wire(result) if result and status is JobStatus.SUCCEEDED else None,
         errors=tuple(json.loads(error) for error in errors),
         attempts=number("attempts"),

@@ -255,7 +255,7 @@ class JobSnapshot:
     job_id: str
     status: JobStatus
     vae: str
-    #: None once the job is a tombstone.
+    #: None once the job is a tombstone, and where a newer producer wrote a message this process cannot read.
     request: DecodeRequest | None
     #: None unless succeeded.
     result: DecodeResult | None

@@ -34,7 +34,7 @@ class TensorFile:
     is refused must not have cost a copy, nor a transfer from the GPU.
     """
 
-    def __init__(self, *, dtype: str, shape: tuple[int, ...], raw: Callable[[], bytes | memoryview]) -> None:
+    def __init__(self, *, dtype: str, shape: tuple[int, ...], raw: Callable[[], memoryview]) -> None:
         """Args:
         dtype: float16, bfloat16 or float32.
         shape: dimensions, outermost first.
@@ -69,19 +69,21 @@ def to_tensor_file(latents: Latents, *, max_bytes: int) -> TensorFile:
         LatentsTooLarge: more than `max_bytes`.
     """
     torch = sys.modules.get("torch")
-    raw: Callable[[], bytes]
+    raw: Callable[[], memoryview]
     if torch is not None and isinstance(latents, torch.Tensor):
         dtype, count = str(latents.dtype).removeprefix("torch."), latents.numel()
 
-        def raw() -> bytes:
+        def raw() -> memoryview:
             dense = latents.detach().cpu().contiguous().reshape(-1)
-            return bytes(dense.view(torch.uint8).numpy().tobytes())
+            words: memoryview = dense.view(torch.uint8).numpy().data
+            return words
 
     elif isinstance(latents, np.ndarray):
         dtype, count = latents.dtype.name, latents.size
 
-        def raw() -> bytes:
-            return latents.astype(latents.dtype.newbyteorder("<"), copy=False).tobytes(order="C")
+        def raw() -> memoryview:
+            dense = np.ascontiguousarray(latents, dtype=latents.dtype.newbyteorder("<")).reshape(-1)
+            return dense.view(np.uint8).data
 
     else:
         raise InvalidOption(

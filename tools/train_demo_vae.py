@@ -227,7 +227,7 @@ def set_encoder(model: Any, images: list[torch.Tensor]) -> None:
     middle.bias[:small] = 0
     identity_rows(blocks[2].resnets[0].conv_shortcut, small, 0)
     # an 8x8 patch has 48 x 4 values, the last factor being the four 4x4 patches
-    data = torch.einsum("kc,ncj->nkj", reduce, patches_of(images, 3).unflatten(1, (48, 4))).flatten(1)
+    data = torch.einsum("kc,ncj->nkj", reduce, patches_of(images, 3).reshape(-1, 48, 4)).flatten(1)
     rows, variances = principal(data, count)
     basis = rows / variances.sqrt()[:, None]
     last = blocks[2].downsamplers[0].conv

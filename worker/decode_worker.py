@@ -75,6 +75,7 @@ class DecodeWorker:
             worker_settings = worker_settings.model_copy(update={"mode": mode})
         if worker_settings.threads is not None:
             torch.set_num_threads(worker_settings.threads)
+        self._torch_device = device
         self._connections = connections
         self._settings = settings
         self._own = worker_settings
@@ -196,7 +197,7 @@ class DecodeWorker:
             self._presence.show(busy=bool(self._leases.held()))
         report = self.stopwatch.report() | {
             "vaes": list(self._own.vaes),
-            "device": self._own.device,
+            "device": str(self._torch_device),
             "pid": os.getpid(),
             "held": len(self._leases.held()),
         }

@@ -2,7 +2,8 @@
 -- ARGV: token, worker, lease_ms, max_jobs, max_px, window, ageing_ms, schema_version, deadline_exc,
 --   default mode, foreign_exc, foreign_ttl_ms, then for each VAE: its name. Queues of a VAE are tried high,
 --   normal, low.
--- The token makes it safe to send again: the same token gets the same answer.
+-- The token makes it safe to send again: the same token gets the same answer, and the one before it, which can only
+-- be a copy that was late on its way, gets nothing.
 -- Returns {{id, message, rq_data, attempt, crashes}, …}
 local token, worker, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local max_jobs, max_px, window = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -23,8 +24,9 @@ local function answer(ids)
   return out
 end
 
-local last = call('HMGET', memo, 'token', 'ids')
+local last = call('HMGET', memo, 'token', 'ids', 'before')
 if last[1] == token then return answer(cjson.decode(last[2])) end
+if last[3] == token then return {} end
 if call('EXISTS', RQ .. 'suspended') == 1 then return {} end
 
 -- A job that someone enqueued here with RQ itself: nobody can run it, so it fails, as RQ's own worker would fail it.
@@ -140,6 +142,6 @@ for _, rec in ipairs(chosen) do
   call('SADD', RQ .. 'worker:' .. worker .. ':executions', id .. ':' .. token)
 end
 call('PEXPIRE', RQ .. 'worker:' .. worker .. ':executions', int(lease_ms * 4))
-call('HSET', memo, 'token', token, 'ids', cjson.encode(ids))
+call('HSET', memo, 'token', token, 'ids', cjson.encode(ids), 'before', last[1] or '')
 call('EXPIRE', memo, 3600)
 return answer(ids)

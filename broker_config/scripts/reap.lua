@@ -13,7 +13,9 @@ call('EXPIRE', key, 3600)
 if now < grace then return { 'grace', int(grace - now) } end
 
 local out = { 'reaped' }
-for _, id in ipairs(call('ZRANGEBYSCORE', LEASES, '-inf', int(now), 'LIMIT', 0, tonumber(ARGV[7]))) do
+local due = call('ZRANGEBYSCORE', LEASES, '-inf', int(now), 'LIMIT', 0, tonumber(ARGV[7]))
+for i = #due, 1, -1 do -- the last one first: each goes before the others
+  local id = due[i]
   local rec = record(id)
   if not rec or rec.state ~= 'processing' then
     call('ZREM', LEASES, id)

@@ -59,7 +59,7 @@ def latents_of(job: JobHandle) -> BlobRef:
     return request.latents
 
 
-def lapse(admin: redis.Redis, ref: BlobRef) -> None:
+def lapse(admin: Any, ref: BlobRef) -> None:
     """Lets the time pass at which an unowned blob is no longer kept. What a live job owns has none."""
     score = admin.zscore(keys.external(ref.store), ref.name)
     assert score is not None
@@ -67,7 +67,7 @@ def lapse(admin: redis.Redis, ref: BlobRef) -> None:
         admin.zadd(keys.external(ref.store), {ref.name: 1})
 
 
-def end_retention(admin: redis.Redis, *jobs: JobHandle) -> None:
+def end_retention(admin: Any, *jobs: JobHandle) -> None:
     """Lets the retention of ended jobs pass, owners' keys included."""
     for job in jobs:
         snapshot = job.snapshot()
@@ -96,7 +96,7 @@ def test_latents_and_artifacts_go_with_their_job(
     outer: ExternalStore,
     sweeper: BlobSweeper,
     store: JobStore,
-    admin: redis.Redis,
+    admin: Any,
 ) -> None:
     job = client.submit(LATENTS, vae="sd")
     assert names_in(outer) == {latents_of(job).name}
@@ -149,7 +149,7 @@ def test_a_redecode_keeps_the_latents_of_the_first_job(
     store: JobStore,
     sweeper: BlobSweeper,
     outer: ExternalStore,
-    admin: redis.Redis,
+    admin: Any,
 ) -> None:
     first = client.submit(LATENTS, vae="sd")
     worker.fail(worker.claim_one())
@@ -171,7 +171,7 @@ def test_a_redecode_keeps_the_latents_of_the_first_job(
 
 
 def test_latents_that_are_gone_cannot_be_decoded_again(
-    client: DecodeClient, worker: StoreWorker, sweeper: BlobSweeper, admin: redis.Redis
+    client: DecodeClient, worker: StoreWorker, sweeper: BlobSweeper, admin: Any
 ) -> None:
     job = client.submit(LATENTS, vae="sd")
     worker.fail(worker.claim_one())
@@ -182,7 +182,7 @@ def test_latents_that_are_gone_cannot_be_decoded_again(
 
 
 def test_a_doomed_blob_lies_there_until_a_broker_that_lost_its_last_second_would_be_back(
-    client: DecodeClient, worker: StoreWorker, tiers: TieredBlobStore, outer: ExternalStore, admin: redis.Redis
+    client: DecodeClient, worker: StoreWorker, tiers: TieredBlobStore, outer: ExternalStore, admin: Any
 ) -> None:
     job = client.submit(LATENTS, vae="sd")
     latents = latents_of(job)
@@ -231,7 +231,7 @@ def test_what_a_conflicting_submit_stored_goes(
 
 
 def test_what_a_producer_stored_before_it_died_goes(
-    tiers: TieredBlobStore, sweeper: BlobSweeper, outer: ExternalStore, admin: redis.Redis
+    tiers: TieredBlobStore, sweeper: BlobSweeper, outer: ExternalStore, admin: Any
 ) -> None:
     ref = tiers.put("orphan", PICTURE)
     assert sweeper.sweep() == 0
@@ -240,9 +240,7 @@ def test_what_a_producer_stored_before_it_died_goes(
     assert names_in(outer) == set()
 
 
-def test_what_was_reserved_and_never_written_goes(
-    tiers: TieredBlobStore, sweeper: BlobSweeper, admin: redis.Redis
-) -> None:
+def test_what_was_reserved_and_never_written_goes(tiers: TieredBlobStore, sweeper: BlobSweeper, admin: Any) -> None:
     opened = tiers.external()
     assert opened is not None
     tiers.index.reserve(opened.id, "never-written", lifetime_s=60)
@@ -261,7 +259,7 @@ class Between:
         self._submit = client.store.submit
         self._act = act
         self.requests: list[DecodeRequest] = []
-        client.store.submit = self  # type: ignore[method-assign, assignment]
+        client.store.submit = self  # type: ignore[method-assign]
 
     def __call__(self, request: DecodeRequest) -> bool:
         self.requests.append(request)
@@ -271,7 +269,7 @@ class Between:
 
 
 def test_a_slow_submit_whose_latents_were_collected_stores_them_again(
-    client: DecodeClient, worker: StoreWorker, sweeper: BlobSweeper, outer: ExternalStore, admin: redis.Redis
+    client: DecodeClient, worker: StoreWorker, sweeper: BlobSweeper, outer: ExternalStore, admin: Any
 ) -> None:
     def collect(request: DecodeRequest) -> None:
         lapse(admin, request.latents)
@@ -288,7 +286,7 @@ def test_a_slow_submit_whose_latents_were_collected_stores_them_again(
 
 
 def test_a_deletion_that_was_decided_before_a_submit_and_happens_after_it_takes_nothing_from_the_job(
-    client: DecodeClient, tiers: TieredBlobStore, sweeper: BlobSweeper, outer: ExternalStore, admin: redis.Redis
+    client: DecodeClient, tiers: TieredBlobStore, sweeper: BlobSweeper, outer: ExternalStore, admin: Any
 ) -> None:
     """A janitor that is stopped between the decision and the deletion, for as long as you like."""
     opened = tiers.external()
@@ -312,7 +310,7 @@ def test_a_deletion_that_was_decided_before_a_submit_and_happens_after_it_takes_
 
 
 def test_a_submit_that_comes_before_the_decision_keeps_its_latents(
-    client: DecodeClient, sweeper: BlobSweeper, outer: ExternalStore, admin: redis.Redis
+    client: DecodeClient, sweeper: BlobSweeper, outer: ExternalStore, admin: Any
 ) -> None:
     Between(client, lambda request: lapse(admin, request.latents))  # due, but nobody has looked
     job = client.submit(LATENTS, vae="sd")
@@ -321,7 +319,7 @@ def test_a_submit_that_comes_before_the_decision_keeps_its_latents(
 
 
 def test_an_artifact_that_was_collected_before_the_job_completed_is_asked_for_again(
-    client: DecodeClient, worker: StoreWorker, store: JobStore, sweeper: BlobSweeper, admin: redis.Redis
+    client: DecodeClient, worker: StoreWorker, store: JobStore, sweeper: BlobSweeper, admin: Any
 ) -> None:
     job = client.submit(LATENTS, vae="sd")
     claim = worker.claim_one()
@@ -342,7 +340,7 @@ def test_what_a_lost_attempt_stored_goes(
     tiers: TieredBlobStore,
     sweeper: BlobSweeper,
     outer: ExternalStore,
-    admin: redis.Redis,
+    admin: Any,
 ) -> None:
     job = client.submit(LATENTS, vae="sd")
     late = worker.claim_one()
@@ -357,7 +355,7 @@ def test_what_a_lost_attempt_stored_goes(
 
 
 def test_a_reservation_that_is_repeated_after_it_has_lapsed_is_refused(
-    tiers: TieredBlobStore, connections: Connections, admin: redis.Redis
+    tiers: TieredBlobStore, connections: Connections, admin: Any
 ) -> None:
     """A command that the network held back for longer than the blob's lifetime."""
     opened = tiers.external()
@@ -370,7 +368,7 @@ def test_a_reservation_that_is_repeated_after_it_has_lapsed_is_refused(
 
 
 def test_a_full_queue_does_not_shorten_the_life_of_a_reservation(
-    connections: Connections, settings: Settings, tiers: TieredBlobStore, admin: redis.Redis
+    connections: Connections, settings: Settings, tiers: TieredBlobStore, admin: Any
 ) -> None:
     client = DecodeClient(connections, settings=settings.model_copy(update={"max_pending_bytes": 1}))
     with pytest.raises(QueueFull):
@@ -404,7 +402,7 @@ def test_a_janitor_killed_between_deletion_and_forgetting_leaves_it_to_the_next(
     tiers: TieredBlobStore,
     sweeper: BlobSweeper,
     outer: ExternalStore,
-    admin: redis.Redis,
+    admin: Any,
 ) -> None:
     job = client.submit(LATENTS, vae="sd")
     worker.fail(worker.claim_one())
@@ -437,7 +435,7 @@ def test_a_blob_that_cannot_be_deleted_does_not_keep_the_others(
     tiers: TieredBlobStore,
     sweeper: BlobSweeper,
     outer: ExternalStore,
-    admin: redis.Redis,
+    admin: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     refs = [tiers.put(f"orphan{number}", PICTURE) for number in range(5)]
@@ -445,7 +443,7 @@ def test_a_blob_that_cannot_be_deleted_does_not_keep_the_others(
         lapse(admin, ref)
     opened = tiers.external()
     assert opened is not None
-    stubborn = type(opened)(id=opened.id, store=StubbornStore(opened.store, {refs[0].name}))  # type: ignore[arg-type]
+    stubborn = type(opened)(id=opened.id, store=StubbornStore(opened.store, {refs[0].name}))
     monkeypatch.setattr(tiers, "external", lambda: stubborn)
     assert sweeper.sweep() == 4
     assert names_in(outer) == {refs[0].name}
@@ -458,7 +456,7 @@ def test_a_blob_that_cannot_be_deleted_does_not_keep_the_others(
 
 
 def test_a_store_that_deletes_nothing_ends_the_round_and_everything_stays_on_the_list(
-    tiers: TieredBlobStore, sweeper: BlobSweeper, admin: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    tiers: TieredBlobStore, sweeper: BlobSweeper, admin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refs = [tiers.put(f"orphan{number}", PICTURE) for number in range(5)]
     for ref in refs:
@@ -467,7 +465,7 @@ def test_a_store_that_deletes_nothing_ends_the_round_and_everything_stays_on_the
     assert opened is not None
     stubborn = type(opened)(
         id=opened.id,
-        store=StubbornStore(opened.store, {ref.name for ref in refs}),  # type: ignore[arg-type]
+        store=StubbornStore(opened.store, {ref.name for ref in refs}),
     )
     monkeypatch.setattr(tiers, "external", lambda: stubborn)
     with pytest.raises(BlobStoreUnavailable, match="stubborn"):
@@ -497,7 +495,7 @@ def test_what_is_on_no_list_goes_when_it_is_old_and_what_is_on_one_stays(
 
 
 def test_a_walk_doomed_blob_can_never_be_owned_again(
-    client: DecodeClient, tiers: TieredBlobStore, outer: ExternalStore, store: JobStore, admin: redis.Redis
+    client: DecodeClient, tiers: TieredBlobStore, outer: ExternalStore, store: JobStore, admin: Any
 ) -> None:
     """However old: a submit whose reservation has lapsed is refused, whether or not the blob is still there."""
     seen: list[DecodeRequest] = []
@@ -529,7 +527,7 @@ def test_a_walk_goes_through_more_blobs_than_fit_in_one_script(tiers: TieredBlob
 
 
 def test_artifacts_that_will_not_lie_in_the_broker_take_no_room_there(
-    client: DecodeClient, admin: redis.Redis, settings: Settings
+    client: DecodeClient, admin: Any, settings: Settings
 ) -> None:
     client.submit(np.zeros((2, 4, 64, 64), np.float32), vae="sd", output="tensor")
     assert int(admin.hget(keys.TOTALS, "reserved_bytes") or 0) == 2 * settings.blob_threshold_bytes

@@ -27,8 +27,7 @@ def parity_catalog(tiny_catalog: Path, tmp_path_factory: pytest.TempPathFactory)
     own = folder / "sdxl-statistics"
     shutil.copytree(tiny_catalog.parent / "sdxl", own)
     config = json.loads((own / "config.json").read_text())
-    config |= {
-        "scaling_factor": 0.5,
+    config |= {  # the scaling factor stays SDXL's: Playground's own, 0.5, would hide in which order it is applied
         "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
         "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
     }

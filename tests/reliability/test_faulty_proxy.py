@@ -94,7 +94,7 @@ def test_a_swallowed_reply_is_that_of_a_command_the_broker_executed(
     proxy: FaultyProxy, connect: Opener, broker: Any
 ) -> None:
     client = connect()
-    rule = proxy.swallow_reply(command="INCR", nth=2)
+    rule = proxy.swallow_reply(command="INCRBY", nth=2)
     assert client.incr("count") == 1
     assert not rule.struck
     with pytest.raises(redis.ConnectionError):
@@ -108,7 +108,7 @@ def test_a_command_that_is_cut_before_never_reaches_the_broker(
     proxy: FaultyProxy, connect: Opener, broker: Any
 ) -> None:
     client = connect()
-    proxy.cut_before(command="INCR", nth=2)
+    proxy.cut_before(command="INCRBY", nth=2)
     assert client.incr("count") == 1
     with pytest.raises(redis.ConnectionError):
         client.incr("count")
@@ -279,7 +279,7 @@ def test_many_connections_at_once(proxy: FaultyProxy, connect: Opener, broker: A
     for thread in threads:
         thread.join()
     assert broker.get("count") == b"1000"
-    assert proxy.commands.count("INCR") == 1000
+    assert proxy.commands.count("INCRBY") == 1000
 
 
 def test_a_broker_that_is_down_is_down_through_the_proxy_too() -> None:

@@ -335,6 +335,18 @@ def test_a_replayed_token_still_gives_the_jobs_that_have_not_ended(queue: Queue)
     assert ids(worker.claim(token="t")) == [jobs[0], jobs[2]]
 
 
+def test_a_copy_of_a_claim_that_is_late_on_its_way_claims_nothing(queue: Queue) -> None:
+    jobs = queue.submit_many(3)
+    worker = queue.worker()
+    worker.claim(token="first")
+    second = worker.claim(token="second")
+    before = everything(queue.admin)
+    assert worker.claim(token="first") == []
+    assert worker.claim(token="second") == second
+    assert_same(before, everything(queue.admin))
+    assert queue.waiting() == jobs[2:]
+
+
 # Claim: batches ------------------------------------------------------------------------------------------------
 
 
@@ -442,10 +454,8 @@ def test_a_message_that_needs_a_newer_worker_is_parked_and_never_failed(
     worker = queue.worker()
     assert ids(worker.claim()) == [job]
     assert worker.claim() == []
-    snapshot = queue.store().snapshot
-    record = queue.admin.hgetall(keys.job(newer))
-    assert record[b"state"] == b"queued"
-    assert b"errors" not in record
+    snapshot = queue.store().snapshot(newer)
+    assert (snapshot.status, snapshot.error_count, snapshot.attempts) == (JobStatus.QUEUED, 0, 0)
     assert queue.admin.zscore(keys.PARKED, newer) == SCHEMA_VERSION + 1
     assert queue.store().unpark() == 0
     monkeypatch.setattr(job_store, "SCHEMA_VERSION", SCHEMA_VERSION + 1)
@@ -453,7 +463,16 @@ def test_a_message_that_needs_a_newer_worker_is_parked_and_never_failed(
     assert queue.store().unpark() == 0
     assert ids(worker.claim()) == [newer]
     assert queue.admin.zcard(keys.PARKED) == 0
-    assert snapshot(job).status is JobStatus.PROCESSING
+
+
+def test_parked_jobs_come_back_first_and_in_their_order(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    for job in ("a", "b", "c"):
+        queue.submit(job, schema_version=SCHEMA_VERSION + 1)
+    assert queue.worker().claim() == []
+    queue.submit("d")
+    monkeypatch.setattr(job_store, "SCHEMA_VERSION", SCHEMA_VERSION + 1)
+    assert queue.store().unpark() == 3
+    assert queue.waiting() == ["a", "b", "c", "d"]
 
 
 def test_a_message_that_needs_a_newer_worker_is_not_taken_along_in_a_batch(queue: Queue) -> None:
@@ -896,6 +915,13 @@ def test_a_job_that_was_not_on_the_device_of_a_dead_worker_goes_back_unmarked_an
     assert queue.waiting() == [job, other]
     snapshot = queue.store().snapshot(job)
     assert (snapshot.status, snapshot.crash_count, snapshot.error_count) == (JobStatus.QUEUED, 0, 0)
+
+
+def test_the_jobs_of_a_dead_workers_batch_go_back_in_their_order(queue: Queue) -> None:
+    jobs = [queue.submit(job) for job in ("a", "b", "c", "d")]
+    queue.worker("dead", lease_s=SHORT_S).claim(mode=Mode.FAST, max_jobs=3, max_px=100 * PX)
+    queue.reap()
+    assert queue.waiting() == jobs
 
 
 def test_a_job_that_kills_its_workers_fails_after_the_crashes_it_may_have(queue: Queue) -> None:

@@ -31,7 +31,7 @@ from broker_config.errors import (
 )
 from broker_config.tensor_header import itemsize, read_header, write_header
 
-#: A float32 tensor `latents` of shape (1, 2), by hand: 64 (0x40) bytes of header, padded with spaces, then 1.0 and -2.0.
+#: A float32 tensor `latents` of shape (1, 2), by hand: 64 (0x40) bytes of header, then 1.0 and -2.0.
 BY_HAND = (
     b"\x40\x00\x00\x00\x00\x00\x00\x00"
     b'{"latents":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}  '
@@ -288,6 +288,6 @@ def test_a_file_with_a_byte_changed_is_read_as_safetensors_reads_it_or_refused(
         header = read_header(bytes(whole))
     except (InvalidTensorFile, InvalidDtype):
         return
-    ((name, theirs),) = safetensors.deserialize(bytes(whole))
+    ((name, theirs),) = safetensors.deserialize(bytes(whole))  # type: ignore[no-untyped-call]
     assert (header.name, list(header.shape)) == (name, theirs["shape"])
     assert len(theirs["data"]) == header.data_bytes
