@@ -104,7 +104,7 @@ def submit_all(client: DecodeClient) -> list[DemoJob]:
     frames = _read(clip)
     for number in (0, frames.shape[2] // 2, frames.shape[2] - 1):
         still = client.submit(frames[:, :, number], vae=_VAE, output="jpg")
-        jobs.append(DemoJob(title=f"clip, frame {number}", job=still, file=None))
+        jobs.append(DemoJob(title=f"frame {number}", job=still, file=None))
     return jobs
 
 

@@ -47,7 +47,8 @@ def decode_chunks(
         vae: a diffusers autoencoder.
         latents: on any device, float, laid out as `plan.layout`.
         plan: sizes and scaling.
-        items_per_call: pictures or clips in one call of the VAE (of an image VAE: at most 16 of the clips' frames); None:
+        items_per_call: pictures or clips in one call of the VAE (of an image VAE: at most 16 of the clips' frames);
+            None:
             as many as the pipeline takes. Fewer need less memory and may differ from the pipeline in last bits.
 
     Yields:
