@@ -48,8 +48,7 @@ def decode_chunks(
         latents: on any device, float, laid out as `plan.layout`.
         plan: sizes and scaling.
         items_per_call: pictures or clips in one call of the VAE (of an image VAE: at most 16 of the clips' frames);
-            None:
-            as many as the pipeline takes. Fewer need less memory and may differ from the pipeline in last bits.
+            None: as many as the pipeline takes. Fewer need less memory and may differ from the pipeline in last bits.
 
     Yields:
         Pictures: (n, 3, H, W), all B at once unless `items_per_call` is smaller. Clips of a video VAE:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from broker_config.errors import InvalidChannels, InvalidRank, InvalidSize
 from broker_config.latent_geometry import Geometry, LatentLayout, measure
+
+#: A machine that does much else must not fail a test.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 UNPACKED, PACKED, VIDEO, VIDEO_2D = LatentLayout
 
@@ -68,12 +71,14 @@ def test_sizes_by_hand(
 sizes = st.integers(1, 10**6)
 
 
+@unhurried
 @given(batch=sizes, rows=sizes, columns=sizes, spatial=sizes)
 def test_a_picture_is_its_latents_times_the_compression(batch: int, rows: int, columns: int, spatial: int) -> None:
     made = measure(UNPACKED, (batch, 4, rows, columns), vae=Vae(4, spatial))
     assert (made.batch, made.num_frames, made.height, made.width) == (batch, 1, rows * spatial, columns * spatial)
 
 
+@unhurried
 @given(rows=sizes, columns=sizes, spare_height=st.integers(0, 15), spare_width=st.integers(0, 15))
 def test_packed_latents_are_what_is_left_of_the_size_after_rounding_down(
     rows: int, columns: int, spare_height: int, spare_width: int
@@ -85,6 +90,7 @@ def test_packed_latents_are_what_is_left_of_the_size_after_rounding_down(
         measure(PACKED, (1, rows * columns + 1, 64), vae=FLUX, **asked)
 
 
+@unhurried
 @given(frames=sizes, temporal=sizes)
 def test_the_first_latent_frame_is_one_frame_and_each_other_as_many_as_the_compression(
     frames: int, temporal: int

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from broker_config.errors import InvalidOption, UnsupportedMessage
@@ -24,6 +24,9 @@ from broker_config.messages import (
     Output,
     check_job_id,
 )
+
+#: A machine that does much else must not fail a test.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 BLOB = BlobRef(store="redis", name="j-1.in.0123", sha256="ab" * 32, size_bytes=1096)
 REQUEST = DecodeRequest(
@@ -76,6 +79,7 @@ requests = st.builds(
 # To the wire and back -------------------------------------------------------------------------------------
 
 
+@unhurried
 @given(request=requests)
 def test_a_request_arrives_as_it_was_sent(request: DecodeRequest) -> None:
     back = DecodeRequest.from_wire(request.to_wire())
@@ -85,6 +89,7 @@ def test_a_request_arrives_as_it_was_sent(request: DecodeRequest) -> None:
         assert type(getattr(back, spec.name)) is type(getattr(request, spec.name)), spec.name
 
 
+@unhurried
 @given(request=requests)
 def test_equal_requests_are_equal_bytes_of_plain_sorted_ascii_json(request: DecodeRequest) -> None:
     wire = request.to_wire()
@@ -118,6 +123,7 @@ def test_a_request_looks_like_this() -> None:
     }
 
 
+@unhurried
 @given(
     artifacts=st.lists(st.builds(Artifact, blob=blobs, content_type=texts, extension=texts), max_size=3).map(tuple),
     timings_s=st.dictionaries(texts, seconds, max_size=3),
@@ -177,6 +183,7 @@ def test_the_digest_changes_with_each_field(name: str) -> None:
     assert len(changed.payload_hash) == 64
 
 
+@unhurried
 @given(request=requests)
 def test_a_replay_has_the_same_digest(request: DecodeRequest) -> None:
     assert DecodeRequest.from_wire(request.to_wire()).payload_hash == request.payload_hash

@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from broker_config.errors import (
@@ -30,6 +30,9 @@ from broker_config.errors import (
     TensorFileTruncated,
 )
 from broker_config.tensor_header import itemsize, read_header, write_header
+
+#: A machine that does much else must not fail a test.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 #: A float32 tensor `latents` of shape (1, 2), by hand: 64 (0x40) bytes of header, then 1.0 and -2.0.
 BY_HAND = (
@@ -107,6 +110,7 @@ def test_a_header_is_enough_to_judge_a_file_of_any_length() -> None:
 # Round trips with the safetensors package -----------------------------------------------------------------
 
 
+@unhurried
 @given(dtype=numpy_dtypes, shape=shapes)
 def test_we_read_what_safetensors_wrote_and_it_reads_what_we_wrote(dtype: str, shape: tuple[int, ...]) -> None:
     array = np.arange(math.prod(shape)).astype(dtype).reshape(shape)
@@ -122,6 +126,7 @@ def test_we_read_what_safetensors_wrote_and_it_reads_what_we_wrote(dtype: str, s
     assert np.array_equal(back, array)
 
 
+@unhurried
 @given(shape=shapes)
 def test_bfloat16_goes_both_ways_too(shape: tuple[int, ...]) -> None:
     tensor = torch.arange(math.prod(shape)).to(torch.bfloat16).reshape(shape)
@@ -131,6 +136,7 @@ def test_bfloat16_goes_both_ways_too(shape: tuple[int, ...]) -> None:
     assert write_header("bfloat16", shape) + theirs[header.data_start :] == theirs
 
 
+@unhurried
 @given(
     metadata=st.dictionaries(
         st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])), max_size=4
@@ -258,7 +264,7 @@ files = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(unhurried, max_examples=400)
 @given(data=files)
 @example(data=BY_HAND)
 def test_whatever_the_bytes_nothing_is_raised_but_our_refusals_and_little_is_allocated(data: bytes) -> None:
@@ -277,7 +283,7 @@ def test_whatever_the_bytes_nothing_is_raised_but_our_refusals_and_little_is_all
         assert len(header.shape) <= 8
 
 
-@settings(max_examples=200, deadline=None)
+@settings(unhurried, max_examples=200)
 @given(data=st.data(), dtype=numpy_dtypes, shape=shapes)
 def test_a_file_with_a_byte_changed_is_read_as_safetensors_reads_it_or_refused(
     data: st.DataObject, dtype: str, shape: tuple[int, ...]
