@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import NoneType
 from typing import Any, Final, Self
 
 from broker_config.errors import InvalidOption, UnsupportedMessage
@@ -199,6 +200,7 @@ class DecodeRequest:
                 )
             known = {spec.name for spec in dataclasses.fields(cls)}
             wire = {key: value for key, value in wire.items() if key in known}
+            _check_types(cls, wire)
             wire["latents"] = BlobRef(**wire["latents"])
             wire["shape"] = tuple(int(size) for size in wire["shape"])
             wire["output"] = Output(wire["output"])
@@ -210,6 +212,29 @@ class DecodeRequest:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UnsupportedMessage(f"the job's message cannot be read: {error}") from error
+
+
+#: What JSON holds for a field, by its annotation; the others are made from their JSON, which checks them.
+_JSON_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str | None": (str, NoneType),
+    "float | None": (int, float, NoneType),
+    "Mapping[str, str]": (dict,),
+}
+
+
+def _check_types(message: type[DecodeRequest], wire: Mapping[str, Any]) -> None:
+    for spec in dataclasses.fields(message):
+        kinds = _JSON_TYPES.get(str(spec.type))
+        if kinds is None or spec.name not in wire:
+            continue
+        value = wire[spec.name]
+        right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+        if not right or (dict in kinds and not all(isinstance(item, str) for item in value.values())):
+            raise UnsupportedMessage(f"the job's message cannot be read: {spec.name} is {value!a:.80}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -120,6 +120,14 @@ class Settings(BaseSettings):
             raise ValueError("lease_renew_s must be at most half of lease_s, so that one lost renewal is harmless")
         return self
 
+    @model_validator(mode="after")
+    def _s3_settings_fit(self) -> Self:
+        if self.s3_endpoint is not None and self.s3_endpoint.startswith("http:") and not self.s3_allow_http:
+            raise ValueError("LATENTQ_S3_ENDPOINT has no TLS: use https, or set LATENTQ_S3_ALLOW_HTTP=true")
+        if (self.s3_access_key_id is None) != (self.s3_secret_access_key is None):
+            raise ValueError("LATENTQ_S3_ACCESS_KEY_ID and LATENTQ_S3_SECRET_ACCESS_KEY go together: set both or none")
+        return self
+
     @field_validator("blob_store")
     @classmethod
     def _blob_store_is_a_place(cls, url: str | None) -> str | None:
@@ -138,7 +146,7 @@ def load_settings(**overrides: object) -> Settings:
         ConfigurationError: a value is not allowed; the message names each variable.
     """
     try:
-        return Settings(**{key: value for key, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+        return Settings(**{key: value for key, value in overrides.items() if value is not None or key[0] == "_"})  # type: ignore[arg-type]
     except ValidationError as error:
         wrong = "; ".join(
             f"LATENTQ_{'_'.join(str(part) for part in item['loc']).upper() or '…'}: {item['msg']}"

@@ -15,7 +15,6 @@ from broker_config.errors import (
     BlobMissing,
     BrokerError,
     InvalidOption,
-    InvalidTensorFile,
     QueueFull,
     ResultExpired,
 )
@@ -27,7 +26,7 @@ from broker_config.tiered_blob_store import TieredBlobStore
 from broker_config.vae_catalog import VaeCatalog
 from producer.job_handle import JobHandle
 from producer.submission import DecodeOptions, build_request, checked_options, new_job_id
-from producer.tensor_input import Latents, TensorFile, check_tensor_file, to_tensor_file
+from producer.tensor_input import Latents, TensorFile, read_tensor_file, to_tensor_file
 
 #: A submit whose latents expired before they were accepted stores them again, this often.
 _SUBMIT_TRIES: Final = 3
@@ -117,11 +116,7 @@ class DecodeClient:
             InvalidTensorFile: cannot be read, truncated, oversized, or not safetensors.
         """
         asked = _options(options)
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise InvalidTensorFile(f"{path} cannot be read: {error.strerror}", field="latents") from error
-        tensor = check_tensor_file(data, max_bytes=self._settings.max_latents_bytes)
+        tensor = read_tensor_file(Path(path), max_bytes=self._settings.max_latents_bytes)
         return self._submit(tensor, asked, block_s=block_s)
 
     def redecode(self, job_id: str, /, *, block_s: float = 0.0, **options: Any) -> JobHandle:

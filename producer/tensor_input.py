@@ -5,14 +5,16 @@ torch is never imported here: a torch tensor brings its module along.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from broker_config.errors import InvalidDtype, InvalidOption, LatentsNotFinite, LatentsTooLarge
+from broker_config.errors import InvalidDtype, InvalidOption, InvalidTensorFile, LatentsNotFinite, LatentsTooLarge
 from broker_config.tensor_header import MAX_HEADER_BYTES, itemsize, read_header, write_header
 
 if TYPE_CHECKING:
@@ -93,6 +95,21 @@ def to_tensor_file(latents: Latents, *, max_bytes: int) -> TensorFile:
     return TensorFile(dtype=dtype, shape=tuple(int(size) for size in latents.shape), raw=raw)
 
 
+def read_tensor_file(path: Path, *, max_bytes: int) -> TensorFile:
+    """A safetensors file on disk, checked; one that is too large is not read. Errors as `check_tensor_file`.
+
+    Raises:
+        InvalidTensorFile: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            _check_file_size(os.fstat(file.fileno()).st_size, max_bytes=max_bytes)
+            data = file.read()
+    except OSError as error:
+        raise InvalidTensorFile(f"{path} cannot be read: {error.strerror}", field="latents") from error
+    return check_tensor_file(data, max_bytes=max_bytes)
+
+
 def check_tensor_file(data: bytes, *, max_bytes: int) -> TensorFile:
     """A safetensors file someone else wrote, checked.
 
@@ -100,11 +117,7 @@ def check_tensor_file(data: bytes, *, max_bytes: int) -> TensorFile:
         LatentsTooLarge: more than `max_bytes`.
         InvalidTensorFile, InvalidDtype: not one float tensor, truncated or oversized.
     """
-    if len(data) > max_bytes + 8 + MAX_HEADER_BYTES:
-        raise LatentsTooLarge(
-            f"the file has {len(data)} bytes, at most {max_bytes} of latents are taken (LATENTQ_MAX_LATENTS_BYTES)",
-            field="latents",
-        )
+    _check_file_size(len(data), max_bytes=max_bytes)
     header = read_header(data)
     _check(header.dtype, header.data_bytes // itemsize(header.dtype), max_bytes=max_bytes)
     # Written anew: the job's bytes then depend on its numbers only, not on what else the file says.
@@ -124,6 +137,14 @@ def check_finite(raw: bytes | memoryview, dtype: str) -> None:
     if bad:
         raise LatentsNotFinite(
             f"{bad} of {size} latents are NaN or Inf: the picture would be black. Check the denoiser's dtype",
+            field="latents",
+        )
+
+
+def _check_file_size(size_bytes: int, *, max_bytes: int) -> None:
+    if size_bytes > max_bytes + 8 + MAX_HEADER_BYTES:
+        raise LatentsTooLarge(
+            f"the file has {size_bytes} bytes, at most {max_bytes} of latents are taken (LATENTQ_MAX_LATENTS_BYTES)",
             field="latents",
         )
 

@@ -74,7 +74,7 @@ def load_worker_settings(**overrides: object) -> WorkerSettings:
         ConfigurationError: a value is not allowed; the message names each variable.
     """
     try:
-        return WorkerSettings(**{key: value for key, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+        return WorkerSettings(**{key: value for key, value in overrides.items() if value is not None or key[0] == "_"})  # type: ignore[arg-type]
     except ValidationError as error:
         wrong = "; ".join(
             f"LATENTQ_WORKER_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"

@@ -128,19 +128,32 @@ class VaePool:
             dtype,
             extra={"action": "vae_load", "vae": entry.name},
         )
-        vae_class = getattr(diffusers, entry.vae_class)
-        module = vae_class.from_pretrained(
-            str(folder),
-            torch_dtype=dtype,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,  # the other way needs accelerate, which saves nothing at the size of a VAE
-        )
-        module = module.to(self._device).eval().requires_grad_(False)
+        # Parameters keep `requires_grad`, as in a pipeline: torch's matmul folds a batch into one product only where
+        # it is set (LinearAlgebra.cpp `should_fold`), also under inference_mode, and the last bits differ.
+        module = _from_pretrained(entry, folder, dtype).to(self._device).eval()
         size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
         weights = {"weights": entry.weights, "sha256": _digest(folder), "class": str(config["_class_name"])}
         if revision:
             weights["revision"] = revision
         return LoadedVae(entry=entry, module=module, dtype=dtype, device=self._device, weights=weights, size_bytes=size)
+
+
+def _from_pretrained(entry: VaeEntry, folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        return getattr(diffusers, entry.vae_class).from_pretrained(
+            str(folder),
+            torch_dtype=dtype,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,  # the other way needs accelerate, which saves nothing at the size of a VAE
+        )
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        # OSError: a file cut off; RuntimeError: shapes of another VAE; the others: a config the class does not take.
+        reason = str(error).strip().splitlines()[0][:300]
+        raise WeightsMismatch(
+            f"the weights of VAE {entry.name} in {folder} cannot be loaded as {entry.vae_class} "
+            f"({type(error).__name__}: {reason}): fetch them again, or correct [{entry.name}] in the catalogue",
+            field="weights",
+        ) from error
 
 
 def default_dtype(entry: VaeEntry, device: torch.device) -> str:
@@ -196,9 +209,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _checked_config(entry: VaeEntry, folder: Path) -> Mapping[str, Any]:
     try:
-        config: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsMismatch(f"config.json of VAE {entry.name} in {folder} is not JSON: {error}") from error
+        config: Mapping[str, Any] = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")).items())
+    except (ValueError, AttributeError) as error:
+        raise WeightsMismatch(f"config.json of VAE {entry.name} in {folder} is no JSON object: {error}") from error
     found = config.get("_class_name")
     if found != entry.vae_class:
         raise WeightsMismatch(

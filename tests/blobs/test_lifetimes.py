@@ -181,6 +181,23 @@ def test_latents_that_are_gone_cannot_be_decoded_again(
         job.redecode(output="webp")
 
 
+def test_ending_a_job_does_not_bring_back_a_blob_that_was_doomed_before(
+    client: DecodeClient, worker: StoreWorker, store: JobStore, sweeper: BlobSweeper, admin: Any
+) -> None:
+    """The clock has ended the retention of both jobs, their latents are deleted, and one of the jobs is retired."""
+    first = client.submit(LATENTS, vae="sd")
+    worker.fail(worker.claim_one())
+    second = first.redecode(output="webp")
+    worker.fail(worker.claim_one())
+    latents = latents_of(first)
+    end_retention(admin, first, second)
+    assert sweeper.sweep() == 1
+    assert store.retire(first.id) == 1
+    with pytest.raises(ResultExpired):
+        second.redecode(output="jpg")
+    assert admin.exists(keys.external(latents.store), keys.doomed(latents.store)) == 0
+
+
 def test_a_doomed_blob_lies_there_until_a_broker_that_lost_its_last_second_would_be_back(
     client: DecodeClient, worker: StoreWorker, tiers: TieredBlobStore, outer: ExternalStore, admin: Any
 ) -> None:

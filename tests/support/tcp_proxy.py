@@ -28,7 +28,7 @@ class TcpProxy:
         self.connections = 0
         #: Connections that are cut at once, from now on.
         self.cut_next = 0
-        #: Called with `sent_up` after each chunk a client has sent.
+        #: Called with `sent_up` before each chunk that a client has sent is passed on; an OSError cuts the connection.
         self.on_upload: Callable[[int], None] = lambda sent: None
 
     @property
