@@ -172,14 +172,17 @@ class ObjectStore:
             yield
         except LatentqError:
             raise
-        except (FileNotFoundError, PermissionDeniedError, UnauthenticatedError) as error:
-            missing = isinstance(error, FileNotFoundError)
-            reason = "there is no such bucket" if missing else "the credentials do not allow it"
-            kind = ConfigurationError if setup else BlobStoreUnavailable
-            raise kind(
-                f"the blob store {self.url} cannot be {doing}: {reason}; check LATENTQ_BLOB_STORE and LATENTQ_S3_…"
-            ) from None
         except (self._driver_error, OSError, ValueError) as error:
+            reason = ""
+            if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+                reason = "the credentials do not allow it"
+            elif isinstance(error, FileNotFoundError) and "NoSuchBucket" in str(error):
+                reason = "there is no such bucket"
+            if reason:
+                kind = ConfigurationError if setup else BlobStoreUnavailable
+                raise kind(
+                    f"the blob store {self.url} cannot be {doing}: {reason}; check LATENTQ_BLOB_STORE and LATENTQ_S3_…"
+                ) from None
             raise BlobStoreUnavailable(
                 f"the blob store {self.url} cannot be {doing}: {_first_line(error)}; check the service, the network "
                 "and LATENTQ_S3_ENDPOINT"

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Final
 
-from broker_config.errors import BlobStoreUnavailable, BrokerError, ConfigurationError
+from broker_config.errors import BlobStoreUnavailable, LatentqError
 from broker_config.tiered_blob_store import OpenedStore, TieredBlobStore
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,13 @@ class BlobSweeper:
                     if time.monotonic() - self._walked_at > _WALK_EVERY_S:
                         self.walk()
                         self._walked_at = time.monotonic()
-            except (BrokerError, ConfigurationError) as error:
-                logger.warning("blobs are not deleted for now: %s", error, extra={"action": "blob_sweep_failed"})
+            except Exception as error:  # a thread that ended unseen would let the store grow without bound
+                logger.warning(
+                    "blobs are not deleted for now: %s",
+                    error,
+                    exc_info=not isinstance(error, LatentqError),
+                    extra={"action": "blob_sweep_failed"},
+                )
                 stop.wait(_POSTPONE_S)
             stop.wait(_PAUSE_S)
 

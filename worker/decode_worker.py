@@ -237,6 +237,7 @@ class DecodeWorker:
             device.join()
         self._finish.close()
         left = self._leases.held()
+        self._leases.stop()  # first: one more beat would say that we still serve
         try:
             self.store.release(left)
             self.store.serve(self._own.name, self._own.vaes, ttl_s=0, report={})
@@ -244,7 +245,6 @@ class DecodeWorker:
                 self._presence.leave()
         except LatentqError as error:
             logger.warning("left without a word: %s", error, extra={"action": "leave_failed"})
-        self._leases.stop()
         timer.cancel()
         return EXIT_BROKEN if self._broken.is_set() else 0
 

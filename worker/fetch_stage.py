@@ -107,6 +107,7 @@ class FetchStage:
             token = uuid4().hex
 
             def claim(token: str = token) -> list[Claim]:
+                self._leases.catch_up()
                 return self._store.claim(
                     token=token,
                     worker=settings.name,

@@ -69,6 +69,8 @@ class LeaseKeeper:
         self._held: dict[str, Held] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        #: Set while the last renewal did not reach the broker.
+        self._behind = threading.Event()
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
 
     def start(self) -> None:
@@ -104,6 +106,16 @@ class LeaseKeeper:
             self._renew(held)
         except BrokerError as error:
             logger.warning("stage not told: %s", error, extra={"action": "renew_postponed"})
+
+    def catch_up(self) -> None:
+        """After an outage: renews before anything is claimed, so that we do not claim anew what we hold already.
+
+        Raises:
+            BrokerError: the broker is still away.
+        """
+        if self._behind.is_set():
+            self._renew(self._in_time())
+            self._behind.clear()
 
     def progress(self, claim: Claim, *, done: int, total: int) -> None:
         """Notes how far a job is; told to the broker with the next renewal."""
@@ -148,7 +160,9 @@ class LeaseKeeper:
             try:
                 self._on_beat()
                 self._renew(self._in_time())
+                self._behind.clear()
             except BrokerError as error:
+                self._behind.set()
                 logger.warning("leases not renewed: %s", error, extra={"action": "renew_failed"})
                 pause = min(pause, _OUTAGE_RETRY_S)
             if self._stop.wait(pause):

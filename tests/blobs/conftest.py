@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from broker_config.connection import Connections, connect_url
 from broker_config.external_store import ExternalStore
+from broker_config.job_store import JobStore
 from broker_config.settings import Settings, load_settings
 from broker_config.tiered_blob_store import TieredBlobStore, store_at
 from producer import DecodeClient
 from tests.support.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, need_s3
+from tests.support.store_worker import StoreWorker
 from worker.blob_sweeper import BlobSweeper
 
 THRESHOLD_BYTES = 1024
@@ -117,3 +120,18 @@ def client(connections: Connections, settings: Settings) -> Iterator[DecodeClien
     made = DecodeClient(connections, settings=settings)
     yield made
     made.blobs.close()
+
+
+@pytest.fixture
+def admin(broker_url: str) -> Any:
+    """The broker itself."""
+    with redis.Redis.from_url(broker_url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def worker(store: JobStore, tiers: TieredBlobStore) -> StoreWorker:
+    """A worker that does nothing but talk to the broker, and stores artifacts in both tiers."""
+    made = StoreWorker(store)
+    made.blobs = tiers  # type: ignore[assignment]
+    return made

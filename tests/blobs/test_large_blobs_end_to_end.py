@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,13 +35,6 @@ from worker.settings import load_worker_settings
 
 LATENTS = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(7))
 PATIENCE_S = 90.0
-
-
-@pytest.fixture
-def admin(broker_url: str) -> Iterator[redis.Redis]:
-    """The broker itself."""
-    with redis.Redis.from_url(broker_url) as opened:
-        yield opened
 
 
 @pytest.mark.slow

@@ -5,12 +5,10 @@ Time is moved by writing scores: what a test calls `lapse` is what the broker's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 import pytest
-import redis
 
 from broker_config import keys
 from broker_config.connection import Connections
@@ -20,8 +18,8 @@ from broker_config.job_store import Claim, JobStore, Outcome
 from broker_config.messages import Artifact, BlobRef, DecodeRequest, DecodeResult, JobStatus
 from broker_config.settings import Settings
 from broker_config.tiered_blob_store import TieredBlobStore
-from producer import DecodeClient, JobHandle
-from tests.support.external_stores import names_in
+from producer import DecodeClient
+from tests.support.external_stores import BeforeSubmit, end_retention, lapse, latents_of, names_in
 from tests.support.store_worker import StoreWorker
 from worker.blob_sweeper import BlobSweeper
 from worker.janitor import Janitor
@@ -35,56 +33,6 @@ PICTURE: Final = b"picture" * 1000
 def place(file_place: dict[str, Any]) -> dict[str, Any]:
     """In a folder: which store it is makes no difference here (`test_large_blobs_end_to_end.py` has both)."""
     return file_place
-
-
-@pytest.fixture
-def admin(broker_url: str) -> Any:
-    """The broker itself."""
-    with redis.Redis.from_url(broker_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def worker(store: JobStore, tiers: TieredBlobStore) -> StoreWorker:
-    """A worker that does nothing but talk to the broker, and stores artifacts in both tiers."""
-    made = StoreWorker(store)
-    made.blobs = tiers  # type: ignore[assignment]
-    return made
-
-
-def latents_of(job: JobHandle) -> BlobRef:
-    """Where a job's latents lie."""
-    request = job.snapshot().request
-    assert request is not None
-    return request.latents
-
-
-def lapse(admin: Any, ref: BlobRef) -> None:
-    """Lets the time pass at which an unowned blob is no longer kept. What a live job owns has none."""
-    score = admin.zscore(keys.external(ref.store), ref.name)
-    assert score is not None
-    if score != float("inf"):
-        admin.zadd(keys.external(ref.store), {ref.name: 1})
-
-
-def end_retention(admin: Any, *jobs: JobHandle) -> None:
-    """Lets the retention of ended jobs pass, owners' keys included."""
-    for job in jobs:
-        snapshot = job.snapshot()
-        assert snapshot.status.is_terminal
-        assert snapshot.request is not None
-        refs = [
-            snapshot.request.latents,
-            *(item.blob for item in (snapshot.result.artifacts if snapshot.result else ())),
-        ]
-        for ref in refs:
-            owners = keys.owners(f"{ref.store}/{ref.name}")
-            admin.zadd(owners, {job.id: 1}, xx=True)
-            (_, last), *_ = admin.zrange(owners, 0, 0, desc=True, withscores=True)
-            if last == 1:
-                admin.delete(owners)
-                admin.zadd(keys.external(ref.store), {ref.name: 1}, xx=True)
-        admin.zadd(keys.RETENTION, {job.id: 1})
 
 
 # The way of a blob -------------------------------------------------------------------------------------------
@@ -269,22 +217,6 @@ def test_what_was_reserved_and_never_written_goes(tiers: TieredBlobStore, sweepe
 # Submit and deletion at the same time ------------------------------------------------------------------------
 
 
-class Between:
-    """Does something between storing the latents and the submit, once."""
-
-    def __init__(self, client: DecodeClient, act: Callable[[DecodeRequest], None]) -> None:
-        self._submit = client.store.submit
-        self._act = act
-        self.requests: list[DecodeRequest] = []
-        client.store.submit = self  # type: ignore[method-assign]
-
-    def __call__(self, request: DecodeRequest) -> bool:
-        self.requests.append(request)
-        if len(self.requests) == 1:
-            self._act(request)
-        return self._submit(request)
-
-
 def test_a_slow_submit_whose_latents_were_collected_stores_them_again(
     client: DecodeClient, worker: StoreWorker, sweeper: BlobSweeper, outer: ExternalStore, admin: Any
 ) -> None:
@@ -292,7 +224,7 @@ def test_a_slow_submit_whose_latents_were_collected_stores_them_again(
         lapse(admin, request.latents)
         assert sweeper.sweep() == 1
 
-    between = Between(client, collect)
+    between = BeforeSubmit(client, collect)
     job = client.submit(LATENTS, vae="sd")
     first, second = between.requests
     assert first.latents.name != second.latents.name
@@ -315,7 +247,7 @@ def test_a_deletion_that_was_decided_before_a_submit_and_happens_after_it_takes_
         decided.extend(tiers.index.doomed(opened.id, settle_s=0, limit=10))
         sweeper.sweep()  # another janitor is done with it long before
 
-    Between(client, decide)
+    BeforeSubmit(client, decide)
     job = client.submit(LATENTS, vae="sd", job_id="again")
     outer.delete(decided)
     tiers.index.forget(opened.id, decided)
@@ -329,7 +261,7 @@ def test_a_deletion_that_was_decided_before_a_submit_and_happens_after_it_takes_
 def test_a_submit_that_comes_before_the_decision_keeps_its_latents(
     client: DecodeClient, sweeper: BlobSweeper, outer: ExternalStore, admin: Any
 ) -> None:
-    Between(client, lambda request: lapse(admin, request.latents))  # due, but nobody has looked
+    BeforeSubmit(client, lambda request: lapse(admin, request.latents))  # due, but nobody has looked
     job = client.submit(LATENTS, vae="sd")
     assert sweeper.sweep() == 0
     assert names_in(outer) == {latents_of(job).name}
@@ -394,150 +326,6 @@ def test_a_full_queue_does_not_shorten_the_life_of_a_reservation(
     assert opened is not None
     ((_, until_ms),) = admin.zrange(keys.external(opened.id), 0, -1, withscores=True)
     assert until_ms - client.store.now_ms() > (settings.provisional_s - 60) * 1000
-
-
-# The janitor's own crashes -----------------------------------------------------------------------------------
-
-
-def test_a_janitor_killed_between_decision_and_deletion_leaves_it_to_the_next(
-    client: DecodeClient, worker: StoreWorker, tiers: TieredBlobStore, sweeper: BlobSweeper, outer: ExternalStore
-) -> None:
-    job = client.submit(LATENTS, vae="sd")
-    worker.fail(worker.claim_one())
-    opened = tiers.external()
-    assert opened is not None
-    job.ack()
-    doomed = tiers.index.doomed(opened.id, settle_s=0, limit=10)
-    assert names_in(outer) == set(doomed)
-    assert sweeper.sweep() == 1
-    assert names_in(outer) == set()
-
-
-def test_a_janitor_killed_between_deletion_and_forgetting_leaves_it_to_the_next(
-    client: DecodeClient,
-    worker: StoreWorker,
-    tiers: TieredBlobStore,
-    sweeper: BlobSweeper,
-    outer: ExternalStore,
-    admin: Any,
-) -> None:
-    job = client.submit(LATENTS, vae="sd")
-    worker.fail(worker.claim_one())
-    opened = tiers.external()
-    assert opened is not None
-    job.ack()
-    outer.delete(tiers.index.doomed(opened.id, settle_s=0, limit=10))
-    assert sweeper.sweep() == 1
-    assert admin.zcard(keys.doomed(opened.id)) == 0
-
-
-class StubbornStore:
-    """A store that does not delete some blobs."""
-
-    def __init__(self, store: ExternalStore, stubborn: set[str]) -> None:
-        self._store = store
-        self._stubborn = stubborn
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    def delete(self, names: Any) -> None:
-        """Deletes, but for the stubborn."""
-        if self._stubborn & set(names):
-            raise BlobStoreUnavailable("this one is stubborn")
-        self._store.delete(names)
-
-
-def test_a_blob_that_cannot_be_deleted_does_not_keep_the_others(
-    tiers: TieredBlobStore,
-    sweeper: BlobSweeper,
-    outer: ExternalStore,
-    admin: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    refs = [tiers.put(f"orphan{number}", PICTURE) for number in range(5)]
-    for ref in refs:
-        lapse(admin, ref)
-    opened = tiers.external()
-    assert opened is not None
-    stubborn = type(opened)(id=opened.id, store=StubbornStore(opened.store, {refs[0].name}))
-    monkeypatch.setattr(tiers, "external", lambda: stubborn)
-    assert sweeper.sweep() == 4
-    assert names_in(outer) == {refs[0].name}
-    assert admin.zrange(keys.doomed(opened.id), 0, -1) == [refs[0].name.encode()]
-
-    monkeypatch.undo()
-    assert sweeper.sweep() == 0  # it waits for its next turn
-    admin.zadd(keys.doomed(opened.id), {refs[0].name: 1})
-    assert sweeper.sweep() == 1
-
-
-def test_a_store_that_deletes_nothing_ends_the_round_and_everything_stays_on_the_list(
-    tiers: TieredBlobStore, sweeper: BlobSweeper, admin: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refs = [tiers.put(f"orphan{number}", PICTURE) for number in range(5)]
-    for ref in refs:
-        lapse(admin, ref)
-    opened = tiers.external()
-    assert opened is not None
-    stubborn = type(opened)(
-        id=opened.id,
-        store=StubbornStore(opened.store, {ref.name for ref in refs}),
-    )
-    monkeypatch.setattr(tiers, "external", lambda: stubborn)
-    with pytest.raises(BlobStoreUnavailable, match="stubborn"):
-        sweeper.sweep()
-    assert admin.zcard(keys.doomed(opened.id)) == 5
-
-
-# Blobs on no list --------------------------------------------------------------------------------------------
-
-
-def test_what_is_on_no_list_goes_when_it_is_old_and_what_is_on_one_stays(
-    client: DecodeClient, tiers: TieredBlobStore, outer: ExternalStore
-) -> None:
-    job = client.submit(LATENTS, vae="sd")
-    reserved = tiers.put("about-to-be-owned", PICTURE)
-    outer.write("stray.blob", PICTURE)  # a write that came through after its reservation had lapsed
-    keep = {latents_of(job).name, reserved.name}
-    patient = BlobSweeper(tiers, settle_s=0.0, stray_age_s=3600)
-    assert patient.walk() == 0
-    assert patient.sweep() == 0
-    assert names_in(outer) == keep | {"stray.blob"}
-    eager = BlobSweeper(tiers, settle_s=0.0, stray_age_s=-60)
-    assert eager.walk() == 1
-    assert eager.walk() == 0
-    assert eager.sweep() == 1
-    assert names_in(outer) == keep
-
-
-def test_a_walk_doomed_blob_can_never_be_owned_again(
-    client: DecodeClient, tiers: TieredBlobStore, outer: ExternalStore, store: JobStore, admin: Any
-) -> None:
-    """However old: a submit whose reservation has lapsed is refused, whether or not the blob is still there."""
-    seen: list[DecodeRequest] = []
-
-    def lose_entry(request: DecodeRequest) -> None:
-        seen.append(request)
-        admin.zrem(keys.external(request.latents.store), request.latents.name)
-
-    Between(client, lose_entry)
-    job = client.submit(LATENTS, vae="sd")
-    assert names_in(outer) == {seen[0].latents.name, latents_of(job).name}
-    sweeper = BlobSweeper(tiers, settle_s=0.0, stray_age_s=-60)
-    assert sweeper.walk() == 1
-    sweeper.sweep()
-    assert names_in(outer) == {latents_of(job).name}
-
-
-def test_a_walk_goes_through_more_blobs_than_fit_in_one_script(tiers: TieredBlobStore, outer: ExternalStore) -> None:
-    tiers.verify()
-    for number in range(450):
-        outer.write(f"stray.{number}", b"x")
-    sweeper = BlobSweeper(tiers, settle_s=0.0, stray_age_s=-60)
-    assert sweeper.walk() == 450
-    assert sweeper.sweep() == 450
-    assert names_in(outer) == set()
 
 
 # What the queue counts ---------------------------------------------------------------------------------------

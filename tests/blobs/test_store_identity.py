@@ -32,13 +32,6 @@ LARGE = b"x" * 2000
 OpenTiers = Callable[[Settings], TieredBlobStore]
 
 
-@pytest.fixture
-def admin(broker_url: str) -> Any:
-    """The broker itself."""
-    with redis.Redis.from_url(broker_url) as opened:
-        yield opened
-
-
 def test_small_blobs_lie_in_the_broker_and_large_ones_in_the_store(
     tiers: TieredBlobStore, outer: ExternalStore, admin: redis.Redis, settings: Settings
 ) -> None:

@@ -135,6 +135,7 @@ class FaultyProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="faulty-proxy", daemon=True)
         self._server: asyncio.Server | None = None
+        self._refusing = False
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._flowing = asyncio.Event()
@@ -205,18 +206,16 @@ class FaultyProxy:
     @contextlib.contextmanager
     def refused(self) -> Iterator[None]:
         """Inside the block every connection is cut and new ones are refused, as when the broker is down."""
-        self._do(self._close_door())
-        self._do(self._cut_all())
+        self._do(self._refuse(True))
         try:
             yield
         finally:
-            self._do(self._listen())
+            self._do(self._refuse(False))
 
     def refuse_for(self, duration_s: float) -> None:
         """Cuts every connection and refuses new ones for `duration_s`; returns at once."""
-        self._do(self._close_door())
-        self._do(self._cut_all())
-        self._loop.call_soon_threadsafe(lambda: self._spawn(self._listen_later(duration_s)))
+        self._do(self._refuse(True))
+        self._loop.call_soon_threadsafe(lambda: self._spawn(self._admit_later(duration_s)))
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -265,9 +264,16 @@ class FaultyProxy:
             self._server = await asyncio.start_server(self._accept, "127.0.0.1", self._port, limit=_BUFFER_BYTES)
             self._port = self._server.sockets[0].getsockname()[1]
 
-    async def _listen_later(self, duration_s: float) -> None:
+    async def _refuse(self, on: bool, /) -> None:
+        # The door stays open and who comes is turned away: asyncio leaks the transport of a connection that it is
+        # accepting in the moment its server closes.
+        self._refusing = on
+        if on:
+            await self._cut_all()
+
+    async def _admit_later(self, duration_s: float) -> None:
         await asyncio.sleep(duration_s)
-        await self._listen()
+        await self._refuse(False)
 
     async def _close_door(self) -> None:
         if self._server is not None:
@@ -289,6 +295,9 @@ class FaultyProxy:
         await asyncio.sleep(0)  # aborted transports close with the next turn of the loop
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._refusing:
+            writer.transport.abort()
+            return
         self._spawn(self._serve(reader, writer))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

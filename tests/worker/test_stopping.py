@@ -23,6 +23,12 @@ def submit(client: DecodeClient, **options: object) -> JobHandle:
     return client.submit(np.ones((1, 4, 8, 8), dtype=np.float32), vae="sd", **options)  # type: ignore[arg-type]
 
 
+def wait_for_listener(client: DecodeClient, name: str) -> None:
+    """RQ's commands go over pub/sub: who does not listen yet misses them."""
+    channel = f"rq:pubsub:{name}"
+    wait_until(lambda: client.store.connections.commands.pubsub_numsub(channel)[0][1], what="its listener")
+
+
 def test_stopping_finishes_what_the_device_holds_and_hands_the_prefetched_back(
     client: DecodeClient, settings: Settings
 ) -> None:
@@ -45,9 +51,7 @@ def test_stopping_finishes_what_the_device_holds_and_hands_the_prefetched_back(
 def test_rqs_shutdown_command_stops_the_worker(client: DecodeClient, settings: Settings) -> None:
     with ThreadWorker(settings, name="told-by-rq") as running:
         wait_until(lambda: client.store.served({"sd"}), what="the worker")
-        wait_until(
-            lambda: client.store.connections.commands.pubsub_numsub("rq:pubsub:told-by-rq")[0][1], what="its listener"
-        )
+        wait_for_listener(client, "told-by-rq")
         send_shutdown_command(client.store.connections.commands, "told-by-rq")
         running._thread.join(60)
         assert running.status == 0
@@ -69,6 +73,7 @@ def test_rqs_stop_job_cancels_a_running_job(client: DecodeClient, settings: Sett
     with ThreadWorker(settings, name="stop-job") as running:
         running.gate.close()
         assert running.gate.reached.wait(60)
+        wait_for_listener(client, "stop-job")
         send_stop_job_command(client.store.connections.commands, job.id, serializer=JSONSerializer)
         wait_until(lambda: running.worker._leases.is_canceled(running.worker._leases.held()[0]), what="the command")
         running.gate.open()
