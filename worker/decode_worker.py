@@ -152,8 +152,8 @@ class DecodeWorker:
         self._load()
         with broker_errors(self._connections.url):
             self._presence.announce()
-        self._beat()
-        self.store.unpark()
+        self._patience.repeat(self._beat)
+        self._patience.repeat(self.store.unpark)
         self._leases.start()
         fetch = self._thread("fetch", self._fetch.run)
         device = self._thread("device", self._device.run)

@@ -100,7 +100,9 @@ class RqPresence(BaseWorker):
                     pubsub.subscribe(self.pubsub_channel_name)
                     subscribed = True
                 message = pubsub.get_message(timeout=0.5)
-            except (RedisError, OSError):
+            except (RedisError, OSError, TypeError):  # redis-py trips over its own None when cut while it subscribes
+                pubsub.close()
+                pubsub = self.connection.pubsub(ignore_subscribe_messages=True)
                 subscribed = False
                 self._leaving.wait(1.0)
                 continue
