@@ -9,21 +9,33 @@ a key without TTL as infinite.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 from broker_config import keys
 from broker_config.connection import Connections, broker_errors
-from broker_config.errors import BlobCorrupt, BlobMissing
+from broker_config.errors import BlobCorrupt, BlobError, BlobMissing
 from broker_config.messages import BlobRef
+from broker_config.scripts import source
 
 REDIS_STORE: Final = "redis"
+#: Blobs up to this size travel with the script that takes ownership of them: one round trip, and no moment at which
+#: they lie in the broker unowned. Above it a script would hold the broker for more than a millisecond.
+INLINE_BYTES: Final = 1 << 20
 
 
 class BlobStore(Protocol):
     """Stores bytes under opaque names."""
 
-    def put(self, name: str, data: bytes) -> BlobRef:
-        """Stores `data`, provisionally, and says where it lies (`name` may have become part of another). Repeatable."""
+    def put(self, name: str, data: bytes, *, past_limit: bool = False) -> BlobRef:
+        """Stores `data`, provisionally, and says where it lies (`name` may have become part of another). Repeatable.
+
+        `past_limit`: also when the broker's memory is full; for results, whose room admission has reserved.
+        """
+        ...
+
+    def is_inline(self, size_bytes: int) -> bool:
+        """Whether a blob of this size may travel with the script that takes ownership of it, instead of `put`."""
         ...
 
     def get(self, ref: BlobRef) -> bytes:
@@ -35,6 +47,10 @@ class BlobStore(Protocol):
         """
         ...
 
+    def get_many(self, refs: Sequence[BlobRef]) -> list[bytes | BlobError]:
+        """The bytes of each of `refs`, or what is wrong with that one alone."""
+        ...
+
 
 class RedisBlobStore:
     """Blobs as string keys of the broker."""
@@ -42,9 +58,14 @@ class RedisBlobStore:
     def __init__(self, connections: Connections, *, provisional_s: float) -> None:
         self._connections = connections
         self._provisional_ms = round(provisional_s * 1000)
+        self._store = connections.blobs.register_script(source("store"))
 
-    def put(self, name: str, data: bytes) -> BlobRef:
+    def put(self, name: str, data: bytes, *, past_limit: bool = False) -> BlobRef:
         key = keys.blob(name)
+        if past_limit:
+            with broker_errors(self._connections.url):
+                self._store(args=[name, data, self._provisional_ms])
+            return draft(name, data)
         with (
             broker_errors(self._connections.url),
             self._connections.blobs.pipeline(transaction=True) as pipe,
@@ -57,10 +78,28 @@ class RedisBlobStore:
     def get(self, ref: BlobRef) -> bytes:
         with broker_errors(self._connections.url):
             data = self._connections.blobs.get(keys.blob(ref.name))
-        if data is None:
-            raise BlobMissing(f"blob {ref.name} is gone: its retention ended or the broker lost its data")
-        assert isinstance(data, bytes)
-        return checked(ref, data)
+        return checked(ref, _present(ref, data))
+
+    def is_inline(self, size_bytes: int) -> bool:
+        return size_bytes <= INLINE_BYTES
+
+    def get_many(self, refs: Sequence[BlobRef]) -> list[bytes | BlobError]:
+        with broker_errors(self._connections.url):
+            found = self._connections.blobs.mget([keys.blob(ref.name) for ref in refs])
+        return [_result_of(ref, data) for ref, data in zip(refs, found, strict=True)]
+
+
+def _result_of(ref: BlobRef, data: object) -> bytes | BlobError:
+    try:
+        return checked(ref, _present(ref, data))
+    except BlobError as error:
+        return error
+
+
+def _present(ref: BlobRef, data: object) -> bytes:
+    if not isinstance(data, bytes):
+        raise BlobMissing(f"blob {ref.name} is gone: its retention ended or the broker lost its data")
+    return data
 
 
 def draft(name: str, data: bytes) -> BlobRef:

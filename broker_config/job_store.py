@@ -119,33 +119,69 @@ class JobStore:
 
     # Producers ------------------------------------------------------------------------------------------
 
-    def submit(self, request: DecodeRequest) -> bool:
+    def admit(self, request: DecodeRequest, *, in_broker: bool) -> bool:
+        """Asks, before the latents are sent, whether `submit` would take the job. False: it was accepted before.
+
+        Args:
+            request: the job.
+            in_broker: whether its latents will lie in the broker.
+
+        Raises:
+            JobConflict: the id was used for other latents or options.
+            QueueFull: a limit of pending jobs, bytes or broker memory is reached.
+        """
+        size = request.latents.size_bytes
+        answer = self._run(
+            "admit",
+            request.job_id,
+            request.payload_hash,
+            self._limits(),
+            size,
+            self._reserved_bytes(request),
+            size if in_broker else 0,
+        )
+        return self._admitted(answer, request) == "yes"
+
+    def submit(self, request: DecodeRequest, latents: bytes = b"") -> bool:
         """Accepts the job. True if it is new, False if this very job was accepted before.
+
+        Args:
+            request: the job.
+            latents: the bytes of `request.latents`, to be stored with the job; empty: they were stored before.
 
         Raises:
             JobConflict: the id was used for other latents or options.
             QueueFull: a limit of pending jobs, bytes or broker memory is reached.
             BlobMissing: the latents' provisional lifetime ended; store them again, then submit again.
         """
-        settings = self._settings
-        limits = {
-            "jobs": settings.max_pending_jobs,
-            "latents_bytes": settings.max_pending_bytes,
-            "watermark": settings.memory_watermark,
-            "refused_ms": round(_REFUSED_S * 1000),
-        }
         queue = keys.queue_name(request.vae, request.priority)
         fields = self._record_fields(request, queue)
         answer = self._run(
             "submit",
             request.job_id,
             request.payload_hash,
-            json.dumps(limits),
+            self._limits(),
             address(request.latents),
+            latents,
             len(fields),
             *fields,
             *rq_format.job_fields(request, queue=queue, connection=self.connections.commands),
         )
+        return self._admitted(answer, request) == "accepted"
+
+    def _limits(self) -> str:
+        settings = self._settings
+        return json.dumps(
+            {
+                "jobs": settings.max_pending_jobs,
+                "latents_bytes": settings.max_pending_bytes,
+                "watermark": settings.memory_watermark,
+                "refused_ms": round(_REFUSED_S * 1000),
+            }
+        )
+
+    def _admitted(self, answer: list[bytes], request: DecodeRequest) -> str:
+        """The script's word, if it is not a refusal."""
         word = answer[0].decode()
         if word == "conflict":
             raise JobConflict(
@@ -155,13 +191,17 @@ class JobStore:
         if word == "blob_missing":
             raise BlobMissing(f"the latents {request.latents.name} are not in the store", job_id=request.job_id)
         if word == "full":
-            raise _queue_full(answer[1].decode(), request, settings)
-        return bool(word == "accepted")
+            raise _queue_full(answer[1].decode(), request, self._settings)
+        return word
 
-    def _record_fields(self, request: DecodeRequest, queue: str) -> list[str | bytes | int | float]:
+    def _reserved_bytes(self, request: DecodeRequest) -> int:
+        """Room in the broker that is kept free for the job's artifacts."""
         reserved = request.pixels * _RESERVE_BYTES_PER_PX[request.output]
         if self._settings.blob_store is not None:  # a larger artifact does not lie in the broker
             reserved = min(reserved, request.batch * self._settings.blob_threshold_bytes)
+        return round(reserved)
+
+    def _record_fields(self, request: DecodeRequest, queue: str) -> list[str | bytes | int | float]:
         fields: dict[str, str | bytes | int | float] = {
             "message": request.to_wire(),
             "rq_queue": queue,
@@ -170,7 +210,7 @@ class JobStore:
             "px": request.pixels,
             "blob": address(request.latents),
             "latents_bytes": request.latents.size_bytes,
-            "reserved_bytes": round(reserved),
+            "reserved_bytes": self._reserved_bytes(request),
             "schema": request.schema_version,
             "mode": request.mode or "",
             "retention_ms": round(request.retention_s * 1000),
@@ -227,15 +267,18 @@ class JobStore:
         for job_id, record in zip(job_ids, records, strict=True):
             if "state" not in record:
                 raise JobNotFound(f"no job {job_id}: the id is wrong, or its tombstone is gone too", job_id=job_id)
-        served = self.served({record["vae"] for record in records})
+        ended = {record["state"] for record in records if JobStatus(record["state"]).is_terminal}
+        served = self.served({record["vae"] for record in records if record["state"] not in ended})
         return [
-            _snapshot(job_id, record, errors, served=record["vae"] in served, now_ms=now_ms)
+            _snapshot(job_id, record, errors, served=record["state"] in ended or record["vae"] in served, now_ms=now_ms)
             for job_id, record, errors in zip(job_ids, records, answers[1::2], strict=True)
         ]
 
     def served(self, vaes: Iterable[str]) -> set[str]:
         """Those of `vaes` that a live worker serves."""
         names = sorted(vaes)
+        if not names:
+            return set()
         now = self.now_ms()
         with (
             broker_errors(self.connections.url),
@@ -245,6 +288,11 @@ class JobStore:
                 pipe.zcount(keys.serving(vae), now, "+inf")
             counts = pipe.execute()
         return {vae for vae, count in zip(names, counts, strict=True) if count}
+
+    def overdue(self, *, limit: int = 200) -> list[str]:
+        """Fails queued jobs whose start deadline passed. Returns their ids."""
+        late = self._run("overdue", rq_format.exc_string(str(StartDeadlinePassed())), limit)
+        return [job_id.decode() for job_id in late]
 
     def retire(self, *job_ids: str, limit: int = 100) -> int:
         """Ends the retention of these jobs now, or of all that are due. Returns how many became tombstones.
@@ -302,8 +350,14 @@ class JobStore:
         words = self._run("renew", worker, round(self._settings.lease_s * 1000), *args)
         return [word.decode() for word in words]
 
-    def complete(self, claim: Claim, result: DecodeResult) -> Outcome:
-        """Stores success, once. The artifacts must be in their store already."""
+    def complete(self, claim: Claim, result: DecodeResult, inline: Mapping[str, bytes] | None = None) -> Outcome:
+        """Stores success, once.
+
+        Args:
+            claim: the attempt.
+            result: what the job became.
+            inline: bytes of artifacts by blob name, to be stored with it; the others must be in their store already.
+        """
         names = [item.blob.name for item in result.artifacts]
         blobs = [address(item.blob) for item in result.artifacts]
         word = self._run(
@@ -313,6 +367,7 @@ class JobStore:
             result.to_wire(),
             rq_format.return_value(names),
             json.dumps(blobs),
+            *(part for pair in (inline or {}).items() for part in pair),
         )
         return Outcome(word.decode())
 

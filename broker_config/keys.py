@@ -19,6 +19,8 @@ Schema (`latentq:` is our prefix, `rq:` RQ's own, which `RQ_KEY_PREFIX` may chan
                                       (`new`: given out, not seen yet)       (docs/blob-stores.md says how to move)
     latentq:leases            zset    job id → end of its lease, ms          member goes when the job leaves processing
     latentq:retention         zset    job id → end of its retention, ms      member goes when the janitor retires it
+    latentq:deadlines         zset    job id → start deadline, ms            member goes when the job ends, or when the
+                                                                             janitor finds the time past
     latentq:parked            zset    job id → schema_version it needs       member goes when a newer worker takes it
     latentq:totals            hash    live jobs: count, latents and          owned by the scripts; three fields
                                       reserved bytes
@@ -56,6 +58,7 @@ class Priority(StrEnum):
 
 LEASES = PREFIX + "leases"
 RETENTION = PREFIX + "retention"
+DEADLINES = PREFIX + "deadlines"
 PARKED = PREFIX + "parked"
 TOTALS = PREFIX + "totals"
 PAUSED = PREFIX + "paused"

@@ -302,7 +302,7 @@ class JobSnapshot:
     worker: str | None
     #: Whether a cancel was asked for and has not happened yet.
     cancel_requested: bool
-    #: False when no live worker serves this VAE (then it waits for one).
+    #: False when the job has not ended and no live worker serves its VAE (then it waits for one).
     served: bool
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 from uuid import uuid4
 
 from broker_config.blob_store import REDIS_STORE, RedisBlobStore, checked
 from broker_config.connection import Connections
-from broker_config.errors import BlobMissing, BlobStoreUnavailable, BlobStoreUnknown, ConfigurationError
+from broker_config.errors import BlobError, BlobMissing, BlobStoreUnavailable, BlobStoreUnknown, ConfigurationError
 from broker_config.external_index import ExternalIndex, Registration
 from broker_config.external_store import ExternalStore, StoreUrl, check_name
 from broker_config.file_store import FileStore
@@ -66,22 +67,42 @@ class TieredBlobStore:
         self._lock = threading.Lock()
         self._opened: OpenedStore | None = None
 
-    def put(self, name: str, data: bytes) -> BlobRef:
+    def put(self, name: str, data: bytes, *, past_limit: bool = False) -> BlobRef:
         """Stores `data`, provisionally, and says where it lies. Safe to repeat; a repetition may lie elsewhere.
+
+        `past_limit`: also when the broker's memory is full.
 
         Raises:
             BlobStoreUnavailable: the external store did not take it; what it may hold of it is removed later.
             BrokerUnreachable: the broker does not answer.
         """
-        settings = self._settings
-        if settings.blob_store is None or len(data) <= settings.blob_threshold_bytes:
-            return self._broker.put(name, data)
+        if self.lies_in_broker(len(data)):
+            return self._broker.put(name, data, past_limit=past_limit)
         opened = self._open()
         unique = check_name(f"{name}.{uuid4().hex}")
-        lifetime_s = settings.provisional_s + len(data) / _SLOWEST_BYTES_PER_S
+        lifetime_s = self._settings.provisional_s + len(data) / _SLOWEST_BYTES_PER_S
         self.index.reserve(opened.id, unique, lifetime_s=lifetime_s)
         opened.store.write(unique, data)
         return BlobRef(store=opened.id, name=unique, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+
+    def lies_in_broker(self, size_bytes: int) -> bool:
+        """Whether a blob of this size goes to the broker."""
+        return self._settings.blob_store is None or size_bytes <= self._settings.blob_threshold_bytes
+
+    def is_inline(self, size_bytes: int) -> bool:
+        """Whether a blob of this size may travel with the script that takes ownership of it."""
+        return self.lies_in_broker(size_bytes) and self._broker.is_inline(size_bytes)
+
+    def get_many(self, refs: Sequence[BlobRef]) -> list[bytes | BlobError]:
+        """The bytes of each of `refs`, or what is wrong with that one alone; those in the broker in one round trip.
+
+        Raises:
+            BlobStoreUnavailable: the external store does not answer.
+            BrokerUnreachable: the broker does not.
+        """
+        here = [ref for ref in refs if ref.store == REDIS_STORE]
+        found = iter(self._broker.get_many(here) if here else [])
+        return [next(found) if ref.store == REDIS_STORE else self._get_or_error(ref) for ref in refs]
 
     def get(self, ref: BlobRef) -> bytes:
         """The bytes of `ref`.
@@ -132,6 +153,12 @@ class TieredBlobStore:
             self._opened = None
 
     # Inside ---------------------------------------------------------------------------------------------
+
+    def _get_or_error(self, ref: BlobRef) -> bytes | BlobError:
+        try:
+            return self.get(ref)
+        except BlobError as error:
+            return error
 
     def _open(self) -> OpenedStore:
         with self._lock:

@@ -13,8 +13,8 @@ from broker_config import keys
 from broker_config.connection import MAX_BLOCK_S, Connections, broker_errors, connect, connect_url
 from broker_config.errors import (
     BlobMissing,
-    BrokerError,
     InvalidOption,
+    LatentqError,
     QueueFull,
     ResultExpired,
 )
@@ -142,7 +142,7 @@ class DecodeClient:
             )
         request = self._again(source, options)
         try:
-            return self._accept(request, block_s=block_s)
+            return self._accept(request, None, block_s=block_s)
         except BlobMissing:
             raise ResultExpired(
                 f"the latents of job {job_id} are gone: their retention has ended; submit them again",
@@ -199,29 +199,37 @@ class DecodeClient:
         try:
             for _ in range(_SUBMIT_TRIES - 1):
                 try:
-                    return self._store_and_accept(request, tensor, block_s=block_s)
+                    return self._accept(request, tensor, block_s=block_s)
                 except BlobMissing:  # slower than the provisional lifetime
                     continue
-            return self._store_and_accept(request, tensor, block_s=block_s)
-        except BrokerError as error:
+            return self._accept(request, tensor, block_s=block_s)
+        except LatentqError as error:
             error.job_id = request.job_id
             raise
 
-    def _store_and_accept(self, request: DecodeRequest, tensor: TensorFile, *, block_s: float) -> JobHandle:
-        latents = self.blobs.put(request.latents.name, tensor.data)
-        return self._accept(dataclasses.replace(request, latents=latents), block_s=block_s)
-
-    def _accept(self, request: DecodeRequest, *, block_s: float) -> JobHandle:
+    def _accept(self, request: DecodeRequest, tensor: TensorFile | None, *, block_s: float) -> JobHandle:
+        """Brings the job in, with its latents unless they are stored; tries again while the queue is full."""
         deadline = time.monotonic() + block_s
         while True:
             try:
-                self.store.submit(request)
+                self._hand_in(request, tensor)
                 return JobHandle(self, request.job_id)
             except QueueFull as error:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise
                 time.sleep(min(left, error.retry_after_s, 0.5))
+
+    def _hand_in(self, request: DecodeRequest, tensor: TensorFile | None) -> None:
+        if tensor is None:
+            self.store.submit(request)
+            return
+        size = request.latents.size_bytes
+        if self.blobs.is_inline(size):
+            self.store.submit(request, tensor.data)
+        elif self.store.admit(request, in_broker=self.blobs.lies_in_broker(size)):
+            latents = self.blobs.put(request.latents.name, tensor.data)
+            self.store.submit(dataclasses.replace(request, latents=latents))
 
     def _again(self, source: DecodeRequest, options: dict[str, Any]) -> DecodeRequest:
         entry = self.catalog[source.vae]

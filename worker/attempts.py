@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from broker_config.blob_store import BlobStore
@@ -30,17 +30,18 @@ class AttemptReporter:
         self._patience = patience
         self._worker = worker
 
-    def complete(self, claim: Claim, stored: Callable[[], DecodeResult]) -> Outcome:
-        """Stores success. `stored` stores the artifacts, each time it is called, and says where.
+    def complete(self, claim: Claim, stored: Callable[[], tuple[DecodeResult, Mapping[str, bytes]]]) -> Outcome:
+        """Stores success. `stored` stores the artifacts, each time it is called, and says where; small ones come back
+        as bytes by blob name, to be stored together with the success.
 
         Raises:
             Abandoned: the worker gave up while the broker was away.
         """
         for _ in range(_STORE_TRIES):
-            result = stored()
+            result, inline = stored()
 
-            def complete(result: DecodeResult = result) -> Outcome:
-                return self._store.complete(claim, result)
+            def complete(result: DecodeResult = result, inline: Mapping[str, bytes] = inline) -> Outcome:
+                return self._store.complete(claim, result, inline)
 
             outcome = self._patience.repeat(complete)
             if outcome is not Outcome.ARTIFACT_MISSING:
@@ -50,9 +51,13 @@ class AttemptReporter:
         logger.info("job %s: %s", claim.job_id, outcome, extra={"action": action, "job_id": claim.job_id})
         return outcome
 
+    def is_inline(self, data: bytes) -> bool:
+        """Whether an artifact may come along with its job's success, instead of `store`."""
+        return self._blobs.is_inline(len(data))
+
     def store(self, name: str, data: bytes) -> BlobRef:
         """Stores an artifact's bytes, for a provisional lifetime, and says where they lie."""
-        return self._patience.repeat(lambda: self._blobs.put(name, data))
+        return self._patience.repeat(lambda: self._blobs.put(name, data, past_limit=True))
 
     def fail(self, claim: Claim, failure: Failure, *, stage: str) -> None:
         """Records an attempt's error."""

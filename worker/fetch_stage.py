@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from typing import Final
 from uuid import uuid4
 
-import torch
-
 from broker_config.blob_store import BlobStore
-from broker_config.errors import BlobStoreUnknown, BrokerError, UnsupportedMessage
+from broker_config.errors import BlobError, BlobStoreUnknown, BrokerError, UnsupportedMessage
 from broker_config.job_store import Claim, JobStore
 from broker_config.messages import DecodeRequest
 from worker import handlers
@@ -132,7 +130,7 @@ class FetchStage:
 
     def _prepare(self, claims: Sequence[Claim]) -> Batch | None:
         """Works of these claims, which share a VAE; those that cannot be prepared end here."""
-        works = [work for work in map(self._read, claims) if work is not None]
+        works = self._read(claims)
         if not works:
             return None
         try:
@@ -149,17 +147,33 @@ class FetchStage:
                 work.latents = work.latents.pin_memory()
         return vae, works
 
-    def _read(self, claim: Claim) -> Work | None:
-        try:
-            if handlers.kind_of(claim.rq_data) != "decode":
-                raise UnsupportedMessage("this worker decodes only")
-            request = DecodeRequest.from_wire(claim.message)
-            with Timer() as timer:
-                data = self._patience.repeat(lambda: self._blobs.get(request.latents))
-                latents: torch.Tensor = read_latents(data, shape=request.shape, dtype=request.dtype)
-        except (Abandoned, BlobStoreUnknown):  # a store that was set up since this worker started: not the job's fault
-            raise
-        except Exception as error:
-            self._reporter.fail(claim, failure_of(error), stage="fetch")
-            return None
-        return Work(claim=claim, request=request, latents=latents, timings_s={"fetch": timer.s})
+    def _read(self, claims: Sequence[Claim]) -> list[Work]:
+        """Works of these claims, their latents read in one round trip; a job whose latents are unusable ends here."""
+        asked: list[tuple[Claim, DecodeRequest]] = []
+        for claim in claims:
+            try:
+                if handlers.kind_of(claim.rq_data) != "decode":
+                    raise UnsupportedMessage("this worker decodes only")
+                asked.append((claim, DecodeRequest.from_wire(claim.message)))
+            except Exception as error:
+                self._reporter.fail(claim, failure_of(error), stage="fetch")
+        with Timer() as timer:
+            refs = [request.latents for _, request in asked]
+            found = self._patience.repeat(lambda: self._blobs.get_many(refs)) if refs else []
+        works: list[Work] = []
+        for (claim, request), data in zip(asked, found, strict=True):
+            if isinstance(data, BlobStoreUnknown):  # set up since this worker started: not the job's fault
+                raise data
+            try:
+                latents = read_latents(_usable(data), shape=request.shape, dtype=request.dtype)
+            except Exception as error:
+                self._reporter.fail(claim, failure_of(error), stage="fetch")
+                continue
+            works.append(Work(claim=claim, request=request, latents=latents, timings_s={"fetch": timer.s}))
+        return works
+
+
+def _usable(data: bytes | BlobError) -> bytes:
+    if isinstance(data, BlobError):
+        raise data
+    return data

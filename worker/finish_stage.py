@@ -13,6 +13,7 @@ from typing import Final
 import diffusers
 import torch
 
+from broker_config.blob_store import draft
 from broker_config.errors import EncodeFailed, LatentqError
 from broker_config.messages import Artifact, DecodeResult, Output
 from worker.attempts import AttemptReporter
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 #: Jobs that are completed at a time; encoding itself runs in the encode pool.
 _FINISHERS: Final = 2
+#: Artifacts that come along with one job's success, together: a script holds the broker while it takes them in.
+_INLINE_BYTES: Final = 4 << 20
 
 
 class FinishStage:
@@ -96,23 +99,27 @@ class FinishStage:
         work.timings_s["encode"] = encoding.s
         self._reporter.complete(work.claim, lambda: self._store(work, encoded))
 
-    def _store(self, work: Work, encoded: Sequence[Encoded]) -> DecodeResult:
-        """Stores the artifacts, for a provisional lifetime, and says where they lie."""
+    def _store(self, work: Work, encoded: Sequence[Encoded]) -> tuple[DecodeResult, dict[str, bytes]]:
+        """Stores the artifacts, for a provisional lifetime, and says where they lie. Small ones are stored with the
+        job's success: they come back as bytes by name."""
+        inline: dict[str, bytes] = {}
+        artifacts: list[Artifact] = []
         with Timer() as storing:
-            artifacts = tuple(
-                Artifact(
-                    blob=self._reporter.store(_artifact_name(work, number, item), item.data),
-                    content_type=item.content_type,
-                    extension=item.extension,
-                )
-                for number, item in enumerate(encoded)
-            )
+            for number, item in enumerate(encoded):
+                name = _artifact_name(work, number, item)
+                if self._reporter.is_inline(item.data) and sum(map(len, inline.values())) < _INLINE_BYTES:
+                    inline[name] = item.data
+                    blob = draft(name, item.data)
+                else:
+                    blob = self._reporter.store(name, item.data)
+                artifacts.append(Artifact(blob=blob, content_type=item.content_type, extension=item.extension))
         work.timings_s["store"] = storing.s
-        return DecodeResult(
-            artifacts=artifacts,
+        result = DecodeResult(
+            artifacts=tuple(artifacts),
             timings_s={name: round(value, 6) for name, value in work.timings_s.items()},
             decoded_by=work.decoded_by,
         )
+        return result, inline
 
     def _encode(self, work: Work, stream: ChunkStream) -> list[Encoded]:
         provenance = provenance_of(work) if work.request.provenance else None

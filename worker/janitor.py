@@ -72,7 +72,7 @@ class Janitor:
             logger.warning("left without a word: %s", error, extra={"action": "leave_failed"})
 
     def tick(self) -> None:
-        """One round: leases, retention, a part of the audit."""
+        """One round: leases, start deadlines, retention, a part of the audit."""
         reaped = self._store.reap(self._name, quiet_s=_QUIET_S)
         for job_id, what in reaped.jobs.items():
             logger.warning(
@@ -80,6 +80,10 @@ class Janitor:
                 job_id,
                 what,
                 extra={"action": "lease_ended", "job_id": job_id, "what": what},
+            )
+        for job_id in self._store.overdue():
+            logger.warning(
+                "job %s was not started in time", job_id, extra={"action": "start_deadline_passed", "job_id": job_id}
             )
         self._store.retire()
         self._audit()

@@ -158,9 +158,9 @@ class LeaseKeeper:
         while True:
             pause = self._renew_s
             try:
-                self._on_beat()
-                self._renew(self._in_time())
+                self._renew(self._in_time())  # before the beat: nothing may come between a job and its lease
                 self._behind.clear()
+                self._on_beat()
             except BrokerError as error:
                 self._behind.set()
                 logger.warning("leases not renewed: %s", error, extra={"action": "renew_failed"})

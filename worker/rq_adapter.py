@@ -14,10 +14,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from redis import Redis
+from redis.client import Pipeline
 from redis.exceptions import RedisError
+from rq import worker_registration
 from rq.serializers import JSONSerializer
 from rq.timeouts import TimerDeathPenalty
+from rq.utils import now, utcformat
 from rq.worker import BaseWorker, WorkerStatus
+
+from broker_config.errors import ConfigurationError
+from broker_config.scripts import source
 
 logger = logging.getLogger(__name__)
 
@@ -52,43 +58,68 @@ class RqPresence(BaseWorker):
         self._shown: str | None = None
         self._listener: threading.Thread | None = None
         self._leaving = threading.Event()
+        self._present = connection.register_script(source("present"))
 
     def _set_connection(self, connection: Redis) -> Redis:
         # RQ would raise the pool's socket timeout to 415 s, for a BLPOP that we never send.
         return connection
 
     def announce(self) -> None:
-        """Registers the worker and listens for commands."""
-        self.register_birth()  # type: ignore[no-untyped-call]
-        self.connection.expire(self.key, self._ttl_s)
+        """Registers the worker and listens for commands.
+
+        Raises:
+            ConfigurationError: a live worker has this name.
+        """
+        if self.connection.exists(self.key) and not self.connection.hexists(self.key, "death"):
+            raise ConfigurationError(f"a worker named {self.name} is alive: choose another LATENTQ_WORKER_NAME")
+        self._tell(self._birth)
         self.show(busy=False)
         self._listener = threading.Thread(target=self._listen, name="rq-commands", daemon=True)
         self._listener.start()
 
     def beat(self) -> None:
         """Shows that the worker lives; brings back its registration if it expired in an outage."""
-        with self.connection.pipeline(transaction=False) as pipe:
-            self.heartbeat(self._ttl_s, pipeline=pipe)
-            created = pipe.execute()[0]
+        created, *_ = self._tell(lambda pipe: self.heartbeat(self._ttl_s, pipeline=pipe))
         if created:  # the hash had expired: HSET made a new one that holds the heartbeat alone
-            self.connection.delete(self.key)
-            self.register_birth()  # type: ignore[no-untyped-call]
-            self.connection.expire(self.key, self._ttl_s)
+            self._tell(self._birth)
             self._shown = None
 
     def show(self, *, busy: bool) -> None:
         """Sets RQ's worker state when it changed."""
         state = WorkerStatus.BUSY if busy else WorkerStatus.IDLE
         if state != self._shown:
-            self.set_state(state)
+            self._tell(lambda pipe: self.set_state(state, pipeline=pipe))
             self._shown = state
 
     def leave(self) -> None:
         """Takes the worker off RQ's lists."""
         self._leaving.set()
-        self.register_death()  # type: ignore[no-untyped-call]
+        self._tell(self._death)
         if self._listener is not None:
             self._listener.join(timeout=3)
+
+    def _birth(self, pipe: Pipeline) -> None:
+        """As `BaseWorker.register_birth`, with our lifetime."""
+        self.birth_date = self.last_heartbeat = now()
+        pipe.delete(self.key)
+        pipe.hset(self.key, mapping=self.serialize())
+        worker_registration.register(self, pipe)
+        pipe.expire(self.key, self._ttl_s)
+
+    def _death(self, pipe: Pipeline) -> None:
+        """As `BaseWorker.register_death`."""
+        worker_registration.unregister(self, pipe)
+        pipe.hset(self.key, "death", utcformat(now()))
+        pipe.expire(self.key, 60)
+        pipe.delete(self.executions_key)
+
+    def _tell(self, write: Callable[[Pipeline], object]) -> list[int]:
+        """Sends what RQ's code writes into a pipeline as one script, which a full broker takes, too."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            write(pipe)
+            commands = [list(args) for args, _ in pipe.command_stack]
+        answers: list[int] = self._present(args=[json.dumps(commands)])
+        return answers
 
     def _listen(self) -> None:
         """Reads RQ's command channel until the worker leaves; reconnects for as long as it takes."""

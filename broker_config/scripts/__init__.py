@@ -1,8 +1,8 @@
 """The state machine of a job, in Lua: one file for each transition, `prelude.lua` shared by all.
 
-Every script is atomic, safe to send again, and (but for `submit`) flagged `allow-oom`: a full broker must not
-keep leases from being renewed or results from being stored. They build key names from ids, so the broker
-must not be a cluster that shards (docs/decisions/0002-state-in-lua.md).
+Every script is atomic, safe to send again, and flagged `allow-oom`: a full broker must not keep leases from being
+renewed or results from being stored; `submit` looks at the memory itself, so that its refusal says why. They build key
+names from ids, so the broker must not be a cluster that shards (docs/decisions/0002-state-in-lua.md).
 """
 
 from __future__ import annotations
@@ -12,15 +12,11 @@ from importlib import resources
 
 from broker_config import keys
 
-#: Scripts that add load. They are refused as a whole, before their first write, when the broker's memory is full.
-_REFUSED_WHEN_FULL = frozenset({"submit"})
-
 
 @cache
 def source(name: str) -> str:
     """Text of a script as it is sent to the broker."""
     folder = resources.files(__package__)
-    flags = "" if name in _REFUSED_WHEN_FULL else " flags=allow-oom"
     prelude = (folder / "prelude.lua").read_text()
     prelude = prelude.replace("{{prefix}}", keys.PREFIX).replace("{{rq}}", keys.RQ_PREFIX)
-    return f"#!lua{flags}\n{prelude}\n{(folder / f'{name}.lua').read_text()}"
+    return f"#!lua flags=allow-oom\n{prelude}\n{(folder / f'{name}.lua').read_text()}"

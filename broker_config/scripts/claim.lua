@@ -43,10 +43,6 @@ end
 
 local function too_new(rec) return tonumber(rec.schema) > schema end
 
-local function too_late(rec)
-  return rec.deadline_ms and tonumber(rec.deadline_ms) < now and (rec.attempts or '0') == '0'
-end
-
 -- The first id of a queue that may run. Takes off what may not: ids whose job is not queued (a duplicate, a
 -- job someone ended), jobs whose start deadline passed, jobs that need a newer worker, jobs that are not ours. Not
 -- too many at once: nobody else is served meanwhile, and ending a job takes some thirty commands.
@@ -58,7 +54,7 @@ local function head_of(queue, vae)
     if not id then return nil end
     local rec = record(id)
     local status = call('HGET', RQ .. 'job:' .. id, 'status')
-    local runs = rec and rec.state == 'queued' and status == 'queued' and not too_new(rec) and not too_late(rec)
+    local runs = rec and rec.state == 'queued' and status == 'queued' and not too_new(rec) and not is_late(rec, now)
     if runs then return rec end
     if drops_left == 0 then
       ring(vae)
@@ -74,10 +70,7 @@ local function head_of(queue, vae)
       call('LPOP', key)
       call('ZADD', P .. 'parked', rec.schema, id)
     else
-      call('RPUSH', P .. 'attempts:' .. id, cjson.encode({ code = 'start_deadline_passed', attempt = 0,
-        message = 'no worker started the job within start_within_s', at_ms = now }))
-      call('HINCRBY', P .. 'job:' .. id, 'errors', 1)
-      finish(rec, 'failed', now, 'exc_string', deadline_exc)
+      fail_late(rec, now, deadline_exc)
     end
   end
 end
@@ -108,7 +101,7 @@ if mode == 'fast' and max_jobs > 1 and (best.crashes or '0') == '0' then
     if #chosen >= max_jobs then break end
     local rec = record(id)
     if rec and rec.state == 'queued' and rec.bucket == best.bucket and (rec.crashes or '0') == '0'
-      and px + tonumber(rec.px) <= max_px and not too_new(rec) and not too_late(rec)
+      and px + tonumber(rec.px) <= max_px and not too_new(rec) and not is_late(rec, now)
       and call('HGET', RQ .. 'job:' .. id, 'status') == 'queued' then
       local twice = false
       for _, other in ipairs(chosen) do twice = twice or other.id == id end

@@ -1,5 +1,5 @@
 -- Stores success, once. ARGV: id, execution, result (JSON), rq return_value, artifacts (JSON; see prelude,
--- `outside`).
+-- `outside`), then name and bytes of each artifact that comes along and is stored here.
 -- Returns 'completed' | 'already' (this execution did it before: a replay) | 'lost' (another attempt has the
 -- job, or it ended otherwise) | 'artifact_missing' (store the bytes again, then call again).
 local id, execution = ARGV[1], ARGV[2]
@@ -8,6 +8,7 @@ local word = fence(rec, execution)
 if word == 'ended' and (rec.state == 'succeeded' or rec.outcome == 'succeeded') then return 'already' end
 if word ~= 'mine' then return 'lost' end
 local now = now_ms()
+for i = 6, #ARGV, 2 do store_inline(ARGV[i], ARGV[i + 1]) end
 local names = cjson.decode(ARGV[5])
 for _, name in ipairs(names) do
   if not is_stored(name) then return 'artifact_missing' end

@@ -3,6 +3,7 @@
 -- no moment at which one of them is ahead. Times are ms by the broker's clock.
 local P, RQ = '{{prefix}}', '{{rq}}'
 local TOTALS, LEASES, RETENTION = P .. 'totals', P .. 'leases', P .. 'retention'
+local DEADLINES = P .. 'deadlines'
 
 local function call(...) return redis.call(...) end
 
@@ -47,6 +48,24 @@ local function is_stored(blob)
   local store, name = outside(blob)
   if store then return call('ZSCORE', P .. 'external:' .. store, name) and true or false end
   return call('EXISTS', P .. 'blob:' .. blob) == 1
+end
+
+-- Bytes that came with the script itself are stored with it: there is no moment at which they lie here unowned.
+local function store_inline(name, bytes)
+  if bytes ~= '' and not is_stored(name) then call('SET', P .. 'blob:' .. name, bytes) end
+end
+
+-- Why a job is not accepted now: 'jobs' | 'latents' | 'memory'; nil: it is. `incoming`: bytes that accepting it will
+-- add to the broker at once.
+local function refusal(limits, latents_bytes, reserved_bytes, incoming)
+  local totals = call('HMGET', TOTALS, 'jobs', 'latents_bytes', 'reserved_bytes')
+  if (tonumber(totals[1]) or 0) + 1 > limits.jobs then return 'jobs' end
+  if (tonumber(totals[2]) or 0) + latents_bytes > limits.latents_bytes then return 'latents' end
+  local memory = call('INFO', 'memory')
+  local cap = tonumber(string.match(memory, '\nmaxmemory:(%d+)')) or 0
+  if cap == 0 then return nil end
+  local expected = tonumber(string.match(memory, 'used_memory:(%d+)')) + (tonumber(totals[3]) or 0)
+  if expected + reserved_bytes + incoming > cap * limits.watermark then return 'memory' end
 end
 
 -- Lets blob `name` live exactly as long as its last owner needs it; without owners, no longer.
@@ -116,6 +135,7 @@ local function finish(rec, state, now, rq_field, rq_value, result)
   local retention = tonumber(rec.retention_ms)
   local ends = now + retention
   if rec.state == 'queued' then call('LREM', RQ .. 'queue:' .. rec.rq_queue, 1, id) end
+  if rec.deadline_ms then call('ZREM', DEADLINES, id) end
   drop_execution(rec)
 
   call('HSET', job, 'state', state, 'ended_ms', int(now), 'expires_ms', int(ends), 'stage', '', 'cancel', '')
@@ -165,6 +185,19 @@ local function fence(rec, execution)
   if rec.execution ~= execution then return 'lost' end
   if rec.state == 'processing' or rec.state == 'queued' then return 'mine' end
   return 'ended'
+end
+
+-- No worker started it in time: it never will be.
+local function fail_late(rec, now, exc_string)
+  call('RPUSH', P .. 'attempts:' .. rec.id, cjson.encode({ code = 'start_deadline_passed', attempt = 0,
+    message = 'no worker started the job within start_within_s', at_ms = now }))
+  call('HINCRBY', P .. 'job:' .. rec.id, 'errors', 1)
+  finish(rec, 'failed', now, 'exc_string', exc_string)
+end
+
+-- Whether the job must not start any more. One that was started before may go on as often as it needs.
+local function is_late(rec, now)
+  return rec.deadline_ms and tonumber(rec.deadline_ms) < now and (rec.attempts or '0') == '0'
 end
 
 -- queued: the id goes back into its queue (`side`: LPUSH = next, RPUSH = last). `execution`: the attempt that

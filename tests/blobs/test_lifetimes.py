@@ -166,11 +166,21 @@ def test_a_doomed_blob_lies_there_until_a_broker_that_lost_its_last_second_would
 # Replays -----------------------------------------------------------------------------------------------------
 
 
-def test_a_replay_is_the_same_job_and_what_it_stored_again_goes(
+def test_a_replay_is_the_same_job_and_stores_nothing_again(
     client: DecodeClient, sweeper: BlobSweeper, outer: ExternalStore
 ) -> None:
     job = client.submit(LATENTS, vae="sd", job_id="once")
     client.submit(LATENTS, vae="sd", job_id="once")
+    assert sweeper.sweep() == 0
+    assert names_in(outer) == {latents_of(job).name}
+
+
+def test_what_two_clients_stored_at_once_for_one_job_goes_but_for_one(
+    client: DecodeClient, connections: Connections, settings: Settings, sweeper: BlobSweeper, outer: ExternalStore
+) -> None:
+    other = DecodeClient(connections, settings=settings)
+    BeforeSubmit(client, lambda _: other.submit(LATENTS, vae="sd", job_id="once"))
+    job = client.submit(LATENTS, vae="sd", job_id="once")
     assert len(names_in(outer)) == 2
     assert sweeper.sweep() == 1
     assert names_in(outer) == {latents_of(job).name}
@@ -316,10 +326,23 @@ def test_a_reservation_that_is_repeated_after_it_has_lapsed_is_refused(
     assert admin.zcard(keys.external(opened.id)) == 0
 
 
-def test_a_full_queue_does_not_shorten_the_life_of_a_reservation(
-    connections: Connections, settings: Settings, tiers: TieredBlobStore, admin: Any
+def test_a_full_queue_refuses_large_latents_before_they_are_sent(
+    connections: Connections, settings: Settings, outer: ExternalStore, admin: Any
 ) -> None:
     client = DecodeClient(connections, settings=settings.model_copy(update={"max_pending_bytes": 1}))
+    with pytest.raises(QueueFull) as caught:
+        client.submit(LATENTS, vae="sd")
+    assert caught.value.job_id
+    assert names_in(outer) == set()
+    assert admin.keys("latentq:*") == []
+
+
+def test_a_queue_that_fills_meanwhile_does_not_shorten_the_life_of_a_reservation(
+    connections: Connections, settings: Settings, tiers: TieredBlobStore, admin: Any
+) -> None:
+    first = DecodeClient(connections, settings=settings)
+    client = DecodeClient(connections, settings=settings.model_copy(update={"max_pending_jobs": 1}))
+    BeforeSubmit(client, lambda _: first.submit(LATENTS[:, :, :4, :4].copy(), vae="sd"))
     with pytest.raises(QueueFull):
         client.submit(LATENTS, vae="sd")
     opened = tiers.external()

@@ -1,4 +1,8 @@
-"""Submit, as DESIGN step 1 promises it: two steps, each safe to repeat, and a replay changes nothing, ever."""
+"""Submit is safe to repeat after any of its commands, and a replay changes nothing, ever.
+
+Small latents travel with the job, in one script. Large ones: admission is asked, they are stored under a provisional
+lifetime, and the job takes them over.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,13 +36,37 @@ from tests.support.store_worker import StoreWorker
 from tests.support.wait import wait_until
 
 _HANDSHAKE: Final = ("HELLO", "CLIENT", "CLIENT", "CLIENT", "CLIENT")
-#: Every command of one submit by a client that has no connection yet, to a broker that has no script yet.
-SUBMIT: Final = (*_HANDSHAKE, "MULTI", "SET", "PEXPIRE", "EXEC", *_HANDSHAKE, "EVALSHA", "SCRIPT", "EVALSHA")
-POINTS: Final = [pytest.param(n, id=f"{n:02}-{name}") for n, name in enumerate(SUBMIT, start=1)]
+#: A script that the broker does not know yet.
+_NEW_SCRIPT: Final = ("EVALSHA", "SCRIPT", "EVALSHA")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """One way of latents into the broker."""
+
+    latents: np.ndarray[Any, Any]
+    #: Every command of one submit by a client that has no connection yet, to a broker that has no script yet.
+    commands: tuple[str, ...]
+
+    @property
+    def reserved_bytes(self) -> int:
+        """A VAE that enlarges by 8, with 2 bytes reserved for each pixel of a PNG."""
+        rows, columns = self.latents.shape[-2:]
+        return int(rows * columns) * 64 * 2
+
 
 LATENTS: Final = np.random.default_rng(7).standard_normal((1, 4, 8, 8)).astype(np.float32)
-#: 8 × 8 latents of a VAE that shrinks by 8, with 2 bytes reserved for each pixel of a PNG.
-RESERVED_BYTES: Final = 64 * 64 * 2
+SMALL: Final = Way(latents=LATENTS, commands=(*_HANDSHAKE, *_NEW_SCRIPT))
+LARGE: Final = Way(
+    latents=np.random.default_rng(7).standard_normal((1, 4, 272, 272)).astype(np.float32),
+    commands=(*_HANDSHAKE, *_NEW_SCRIPT, *_HANDSHAKE, "MULTI", "SET", "PEXPIRE", "EXEC", *_NEW_SCRIPT),
+)
+WAYS: Final = [pytest.param(SMALL, id="small"), pytest.param(LARGE, id="large")]
+POINTS: Final = [
+    pytest.param(way, n, id=f"{label}-{n:02}-{name}")
+    for label, way in (("small", SMALL), ("large", LARGE))
+    for n, name in enumerate(way.commands, start=1)
+]
 QUEUE: Final = "rq:queue:latentq.sd.normal"
 
 
@@ -86,7 +115,7 @@ def worker(broker_url: str, producer_settings: Settings) -> Iterator[StoreWorker
     connections.close()
 
 
-def assert_accepted_once(admin: Any, job_id: str) -> None:
+def assert_accepted_once(admin: Any, job_id: str, way: Way = SMALL) -> None:
     """The broker holds one queued job with these latents, whole, once, and nothing else."""
     record = {name.decode(): value for name, value in admin.hgetall(keys.job(job_id)).items()}
     request = DecodeRequest.from_wire(record["message"])
@@ -110,12 +139,12 @@ def assert_accepted_once(admin: Any, job_id: str) -> None:
     data = admin.get(keys.blob(blob))
     assert isinstance(data, bytes)
     (tensor,) = load_safetensors(data).values()
-    np.testing.assert_array_equal(tensor, LATENTS)
+    np.testing.assert_array_equal(tensor, way.latents)
     assert (request.job_id, request.latents.size_bytes) == (job_id, len(data))
     assert admin.hgetall(keys.TOTALS) == {
         b"jobs": b"1",
         b"latents_bytes": str(len(data)).encode(),
-        b"reserved_bytes": str(RESERVED_BYTES).encode(),
+        b"reserved_bytes": str(way.reserved_bytes).encode(),
     }
     assert record["state"] == b"queued"
     assert admin.hget(keys.rq_job(job_id), "status") == b"queued"
@@ -132,39 +161,40 @@ def assert_nothing_stays(admin: Any) -> None:
 # A lost reply, a lost connection -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("way", WAYS)
 def test_a_submit_sends_the_commands_listed_here(
-    admin: redis.Redis, proxy: FaultyProxy, open_client: Callable[..., DecodeClient]
+    way: Way, admin: redis.Redis, proxy: FaultyProxy, open_client: Callable[..., DecodeClient]
 ) -> None:
-    job = open_client(proxy.url).submit(LATENTS, vae="sd")
-    assert tuple(proxy.commands) == SUBMIT
-    assert_accepted_once(admin, job.id)
+    job = open_client(proxy.url).submit(way.latents, vae="sd")
+    assert tuple(proxy.commands) == way.commands
+    assert_accepted_once(admin, job.id, way)
 
 
 @pytest.mark.parametrize("fault", ["swallow_reply", "cut_before"])
-@pytest.mark.parametrize("nth", POINTS)
+@pytest.mark.parametrize(("way", "nth"), POINTS)
 def test_the_drivers_own_repeats_accept_a_job_once(
-    nth: int, fault: str, admin: redis.Redis, proxy: FaultyProxy, open_client: Callable[..., DecodeClient]
+    way: Way, nth: int, fault: str, admin: redis.Redis, proxy: FaultyProxy, open_client: Callable[..., DecodeClient]
 ) -> None:
     rule = getattr(proxy, fault)(nth=nth)
-    job = open_client(proxy.url).submit(LATENTS, vae="sd")
+    job = open_client(proxy.url).submit(way.latents, vae="sd")
     assert rule.struck
-    assert_accepted_once(admin, job.id)
+    assert_accepted_once(admin, job.id, way)
 
 
 @pytest.mark.parametrize("fault", ["swallow_reply", "cut_before"])
-@pytest.mark.parametrize("nth", POINTS)
+@pytest.mark.parametrize(("way", "nth"), POINTS)
 def test_a_caller_who_repeats_with_the_errors_job_id_gets_one_job(
-    nth: int, fault: str, admin: redis.Redis, proxy: FaultyProxy, open_client: Callable[..., DecodeClient]
+    way: Way, nth: int, fault: str, admin: redis.Redis, proxy: FaultyProxy, open_client: Callable[..., DecodeClient]
 ) -> None:
     client = open_client(proxy.url, retries=0)
     rule = getattr(proxy, fault)(nth=nth)
     with pytest.raises(BrokerUnreachable) as caught:
-        client.submit(LATENTS, vae="sd")
+        client.submit(way.latents, vae="sd")
     assert rule.struck
     assert caught.value.job_id is not None
-    job = client.submit(LATENTS, vae="sd", job_id=caught.value.job_id)
+    job = client.submit(way.latents, vae="sd", job_id=caught.value.job_id)
     assert job.id == caught.value.job_id
-    assert_accepted_once(admin, job.id)
+    assert_accepted_once(admin, job.id, way)
 
 
 def test_a_broker_that_refuses_connections_is_an_error_that_says_so_and_a_repeat_is_accepted_once(
@@ -304,7 +334,7 @@ def _submit_in_thread(client: DecodeClient) -> tuple[threading.Thread, list[Any]
 
     def submit() -> None:
         try:
-            outcome.append(client.submit(LATENTS, vae="sd", job_id="slow"))
+            outcome.append(client.submit(LARGE.latents, vae="sd", job_id="slow"))
         except BaseException as error:
             outcome.append(error)
 
@@ -318,7 +348,7 @@ def test_latents_that_are_gone_before_the_job_is_accepted_are_stored_again(
     how: str, admin: redis.Redis, proxy: FaultyProxy, open_client: Callable[..., DecodeClient]
 ) -> None:
     client = open_client(proxy.url, provisional_s=900.0 if how == "deleted" else 0.5)
-    second_step = proxy.hold(command="EVALSHA")
+    second_step = proxy.hold(nth=len(LARGE.commands) - len(_NEW_SCRIPT) + 1)
     thread, outcome = _submit_in_thread(client)
     second_step.wait()
     (blob,) = admin.keys(keys.blob("*"))
@@ -329,7 +359,7 @@ def test_latents_that_are_gone_before_the_job_is_accepted_are_stored_again(
     second_step.release()
     thread.join()
     assert [job.id for job in outcome] == ["slow"]
-    assert_accepted_once(admin, "slow")
+    assert_accepted_once(admin, "slow", LARGE)
 
 
 def test_storing_a_blob_again_neither_replaces_bytes_nor_shortens_its_life(admin: redis.Redis, broker_url: str) -> None:
@@ -344,14 +374,14 @@ def test_storing_a_blob_again_neither_replaces_bytes_nor_shortens_its_life(admin
 
 # A producer that is killed -----------------------------------------------------------------------------------
 
-#: Forks a producer for each line `url job_id`; says its pid, then how it ended.
+#: Forks a producer for each line `url job_id side`; says its pid, then how it ended.
 _PRODUCER: Final = """
 import os, sys
 import numpy as np
 from producer import DecodeClient
-latents = np.random.default_rng(7).standard_normal((1, 4, 8, 8)).astype(np.float32)
 for line in sys.stdin:
-    url, job_id = line.split()
+    url, job_id, side = line.split()
+    latents = np.random.default_rng(7).standard_normal((1, 4, int(side), int(side))).astype(np.float32)
     pid = os.fork()
     if pid == 0:
         DecodeClient.from_url(url, _env_file=None).submit(latents, vae="sd", job_id=job_id)
@@ -367,10 +397,10 @@ class Producers:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def start(self, url: str, job_id: str) -> int:
+    def start(self, url: str, job_id: str, way: Way) -> int:
         """Starts a producer that submits one job; returns its pid."""
         assert self._process.stdin is not None
-        print(url, job_id, file=self._process.stdin, flush=True)
+        print(url, job_id, way.latents.shape[-1], file=self._process.stdin, flush=True)
         return self._answer()
 
     def exit_code(self) -> int:
@@ -401,8 +431,9 @@ def producers() -> Iterator[Producers]:
         process.wait(timeout=30)
 
 
-@pytest.mark.parametrize("nth", POINTS)
+@pytest.mark.parametrize(("way", "nth"), POINTS)
 def test_a_producer_killed_after_any_of_its_commands_leaves_a_job_or_nothing_that_stays(
+    way: Way,
     nth: int,
     admin: redis.Redis,
     proxy: FaultyProxy,
@@ -412,23 +443,26 @@ def test_a_producer_killed_after_any_of_its_commands_leaves_a_job_or_nothing_tha
 ) -> None:
     others = len(admin.client_list())
     after = proxy.hold_reply(nth=nth)
-    pid = producers.start(proxy.url, "killed")
+    pid = producers.start(proxy.url, "killed", way)
     after.wait()
     os.kill(pid, signal.SIGKILL)
     assert producers.exit_code() == -signal.SIGKILL
     proxy.cut_all()
     wait_until(lambda: len(admin.client_list()) == others, what="the broker to drop the dead producer's connections")
-    if nth == len(SUBMIT):
-        assert_accepted_once(admin, "killed")
+    if nth == len(way.commands):
+        assert_accepted_once(admin, "killed", way)
     else:
         assert not admin.exists(keys.job("killed"))
         assert_nothing_stays(admin)
-    job = open_client(broker_url).submit(LATENTS, vae="sd", job_id="killed")
-    assert_accepted_once(admin, job.id)
+    job = open_client(broker_url).submit(way.latents, vae="sd", job_id="killed")
+    assert_accepted_once(admin, job.id, way)
 
 
-def test_a_producer_that_is_not_killed_ends_well(admin: redis.Redis, proxy: FaultyProxy, producers: Producers) -> None:
-    producers.start(proxy.url, "whole")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_producer_that_is_not_killed_ends_well(
+    way: Way, admin: redis.Redis, proxy: FaultyProxy, producers: Producers
+) -> None:
+    producers.start(proxy.url, "whole", way)
     assert producers.exit_code() == 0
-    assert tuple(proxy.commands) == SUBMIT
-    assert_accepted_once(admin, "whole")
+    assert tuple(proxy.commands) == way.commands
+    assert_accepted_once(admin, "whole", way)

@@ -57,14 +57,14 @@ def end_retention(admin: Any, *jobs: JobHandle) -> None:
 class BeforeSubmit:
     """Does something between storing the latents and the submit, once."""
 
-    def __init__(self, client: DecodeClient, act: Callable[[DecodeRequest], None]) -> None:
+    def __init__(self, client: DecodeClient, act: Callable[[DecodeRequest], object]) -> None:
         self._submit = client.store.submit
         self._act = act
         self.requests: list[DecodeRequest] = []
         client.store.submit = self  # type: ignore[method-assign]
 
-    def __call__(self, request: DecodeRequest) -> bool:
+    def __call__(self, request: DecodeRequest, latents: bytes = b"") -> bool:
         self.requests.append(request)
         if len(self.requests) == 1:
             self._act(request)
-        return self._submit(request)
+        return self._submit(request, latents)
