@@ -27,6 +27,7 @@ def main() -> None:
         table.add_column(heading)
     for name, row in through.items():
         table.add_row(f"queue ÷ bare loop, {name}", f"{row['ratio_median']:.3f}", "≥ 0.95")
+        table.add_row(f"device waits under backlog, {name}", f"{row['device_waiting_median']:.1%}", "≤ 3 %")
     noop = costs["noop_decodes"]
     table.add_row("no-op decodes ÷ stock SimpleWorker", f"{noop['ratio_fast_to_stock']:.2f}", "≥ 3")
     table.add_row("no-op decodes, exact ÷ stock", f"{noop['ratio_exact_to_stock']:.2f}", "")

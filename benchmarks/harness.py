@@ -18,6 +18,7 @@ from typing import Any
 
 from broker_config.connection import connect_url
 from broker_config.embedded_broker import EmbeddedBroker
+from broker_config.queue_report import QueueReport, WorkerState
 from broker_config.settings import Settings, load_settings
 from broker_config.vae_catalog import VaeCatalog
 from producer import DecodeClient
@@ -48,6 +49,7 @@ def one_thread() -> dict[str, str]:
         "MKL_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "LATENTQ_LOG_LEVEL": "WARNING",
+        "LATENTQ_LEASE_RENEW_S": "0.5",  # a worker's report comes with its renewals
         "HF_HUB_OFFLINE": "1",
     }
 
@@ -87,6 +89,22 @@ class Bench:
         finally:
             process.terminate()
             process.wait(60)
+
+    def worker_report(self, *, jobs: int) -> WorkerState:
+        """What the only worker reports, once it has reported at least `jobs` jobs."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            for state in QueueReport(self.client.store.connections).workers():
+                if state.jobs >= jobs:
+                    return state
+            time.sleep(0.05)
+        raise RuntimeError(f"no worker reports {jobs} jobs")
+
+
+def waiting_share(before: WorkerState, after: WorkerState) -> float:
+    """Share of the time between two reports in which the device waited for anything but its own work."""
+    busy, idle = after.busy_s - before.busy_s, after.idle_s - before.idle_s
+    return idle / (busy + idle)
 
 
 @contextlib.contextmanager

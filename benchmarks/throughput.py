@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from benchmarks.harness import ROOT, Bench, bench, on_core, write_result
+from benchmarks.harness import ROOT, Bench, bench, on_core, waiting_share, write_result
 
 _DEMO = ROOT / "worker" / "demo_vae"
 
@@ -56,20 +56,20 @@ def queued(running: Bench, *, vae: str, channels: int, side: int, jobs: int) -> 
     """Jobs/s of a backlog through the queue, between the first and the last end; and the device's share of waiting."""
     client = running.client
     latents = np.random.default_rng(0).standard_normal((1, channels, side // 8, side // 8)).astype(np.float32)
+    done = running.worker_report(jobs=0).jobs
     handles = [client.submit(latents, vae=vae, output="png", provenance=False) for _ in range(jobs + 1)]
+    before = running.worker_report(jobs=done + 1)  # the wait for the first job is not the queue's fault
     list(client.as_completed(handles))
-    snapshots = client.store.snapshots([job.id for job in handles])
-    ends = sorted(snapshot.ended_ms for snapshot in snapshots)
-    decode_s = sum(s.result.timings_s["decode"] + s.result.timings_s["encode"] for s in snapshots if s.result)
-    wall_s = (ends[-1] - ends[0]) / 1000
-    return jobs / wall_s, 1 - decode_s / jobs * (jobs + 1) / (jobs + 1) / wall_s
+    after = running.worker_report(jobs=done + jobs + 1)
+    ends = sorted(snapshot.ended_ms for snapshot in client.store.snapshots([job.id for job in handles]))
+    return jobs / ((ends[-1] - ends[0]) / 1000), waiting_share(before, after)
 
 
 def compare(
     running: Bench, *, vae: str, weights: Path, channels: int, side: int, jobs: int, rounds: int
 ) -> dict[str, Any]:
     """Rounds of bare loop and queue in turn, on the same core; the worker is stopped while the loop runs."""
-    loops, queues = [], []
+    loops, queues, waits = [], [], []
     with running.worker("--vae", vae, "--threads", "1", vae=vae) as worker:
         queued(running, vae=vae, channels=channels, side=side, jobs=2)
         for _ in range(rounds):
@@ -79,7 +79,9 @@ def compare(
             finally:
                 worker.send_signal(signal.SIGCONT)
             time.sleep(1.0)  # leases of nothing: the worker renews and beats again
-            queues.append(queued(running, vae=vae, channels=channels, side=side, jobs=jobs)[0])
+            through, waited = queued(running, vae=vae, channels=channels, side=side, jobs=jobs)
+            queues.append(through)
+            waits.append(waited)
     ratios = [through / loop for through, loop in zip(queues, loops, strict=True)]
     return {
         "side_px": side,
@@ -89,6 +91,9 @@ def compare(
         "ratio_median": statistics.median(ratios),
         "ratios": ratios,
         "bar": 0.95,
+        "device_waiting_shares": waits,
+        "device_waiting_median": statistics.median(waits),
+        "device_waiting_bar": 0.03,
     }
 
 

@@ -371,8 +371,18 @@ class JobStore:
         )
         return Outcome(word.decode())
 
-    def fail(self, claim: Claim, error: Mapping[str, Any], *, retryable: bool, traceback: str) -> Outcome:
-        """Records an attempt's error; queues the job again while attempts are left, else ends it."""
+    def fail(
+        self, claim: Claim, error: Mapping[str, Any], *, retryable: bool, traceback: str, elsewhere: bool = False
+    ) -> Outcome:
+        """Records an attempt's error; queues the job again while attempts are left, else ends it.
+
+        Args:
+            claim: the attempt.
+            error: the error, as `LatentqError.to_wire` gives it.
+            retryable: whether another attempt may go better.
+            traceback: for RQ's failed registry.
+            elsewhere: whether it may go better on another worker, if there is one.
+        """
         word = self._run(
             "fail",
             claim.job_id,
@@ -381,6 +391,7 @@ class JobStore:
             int(retryable),
             rq_format.exc_string(traceback),
             self._settings.max_errors,
+            int(elsewhere),
         )
         return Outcome(word.decode())
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from broker_config.blob_store import BlobStore
+from broker_config.errors import OutOfMemory
 from broker_config.job_store import Claim, JobStore, Outcome
 from broker_config.messages import BlobRef, DecodeResult
 from worker.leases import LeaseKeeper
@@ -69,7 +70,13 @@ class AttemptReporter:
             "at_ms": self._patience.repeat(self._store.now_ms),
         }
         outcome = self._patience.repeat(
-            lambda: self._store.fail(claim, wire, retryable=is_retryable(error), traceback=failure.traceback)
+            lambda: self._store.fail(
+                claim,
+                wire,
+                retryable=is_retryable(error),
+                traceback=failure.traceback,
+                elsewhere=isinstance(error, OutOfMemory),
+            )
         )
         self._leases.drop(claim)
         logger.warning(

@@ -7,6 +7,7 @@ for its copy (`HostChunk.get`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -66,6 +67,8 @@ class BatchDecoder:
         self._on_progress = on_progress
         self._default_mode = default_mode
         self._copier = HostCopier()
+        #: Seconds the device waited in the last `decode` for encoders that were behind.
+        self.waited_s = 0.0
 
     def decode(self, vae: LoadedVae, works: Sequence[Work], how: How) -> None:
         """Decodes these jobs, which share a bucket, and hands on what they become.
@@ -74,6 +77,7 @@ class BatchDecoder:
             StreamClosed: the encoder of a job gave up and has said so.
             Exception: whatever the VAE raises; the streams of all jobs are closed then.
         """
+        self.waited_s = 0.0
         latents = works[0].latents if len(works) == 1 else torch.cat([work.latents for work in works])
         plan = plan_of(works[0].request, vae, batch=latents.shape[0])
         latents = latents.to(vae.device, non_blocking=True)
@@ -112,10 +116,17 @@ class BatchDecoder:
 
     def _give(self, work: Work, chunks: Sequence[HostChunk]) -> None:
         stream = ChunkStream()
-        self._hand_on(work, stream)
-        for chunk in chunks:
-            stream.put(chunk)
-        stream.end()
+        with self._waiting():
+            self._hand_on(work, stream)
+            for chunk in chunks:
+                stream.put(chunk)
+            stream.end()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        with Timer() as timer:
+            yield
+        self.waited_s += timer.s
 
     def _stream(self, work: Work, chunks: Iterator[torch.Tensor], plan: Plan) -> None:
         """One job; its frames go to the encoder while later ones are still being decoded."""
@@ -130,9 +141,10 @@ class BatchDecoder:
                     break
                 spent_s += timer.s
                 work.timings_s["decode"] = spent_s
-                if done == 0:
-                    self._hand_on(work, stream)
-                stream.put(host)
+                with self._waiting():
+                    if done == 0:
+                        self._hand_on(work, stream)
+                    stream.put(host)
                 done += host.items
                 self._on_progress(work, done, total)
             stream.end()
@@ -151,7 +163,9 @@ class HostCopier:
         """Starts the copy of `pixels`; on a CPU there is nothing to copy."""
         if pixels.device.type != "cuda":
             return HostChunk(pixels)
-        side = self._streams.setdefault(pixels.device, torch.cuda.Stream(pixels.device))  # type: ignore[no-untyped-call]
+        if pixels.device not in self._streams:
+            self._streams[pixels.device] = torch.cuda.Stream(pixels.device)  # type: ignore[no-untyped-call]
+        side = self._streams[pixels.device]
         side.wait_stream(torch.cuda.current_stream(pixels.device))
         with torch.cuda.stream(side):
             host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)

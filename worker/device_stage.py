@@ -63,6 +63,8 @@ class DeviceStage:
         self._evict_others = evict_others
         self._stopwatch = stopwatch
         self._released = False
+        #: Seconds the device waited for the batch it has: for latents, for the broker, for encoders.
+        self._waited_s = 0.0
         self.memory = MemoryModel()
 
     def run(self) -> None:
@@ -77,9 +79,11 @@ class DeviceStage:
             if self._released:
                 self._reporter.release([work.claim for work in works])
                 continue
-            with Timer() as busy:
+            self._waited_s = waited.s
+            with Timer() as taken:
                 self._bring_through(vae, works)
-            self._stopwatch.add(busy_s=busy.s, idle_s=waited.s, jobs=len(works))
+            inside_s = self._waited_s - waited.s
+            self._stopwatch.add(busy_s=taken.s - inside_s, idle_s=self._waited_s, jobs=len(works))
 
     def hand_back(self) -> None:
         """From now on ready batches go back to the queue instead of being decoded."""
@@ -92,7 +96,9 @@ class DeviceStage:
                 return
             claims = [work.claim for work in works]
             self._leases.enter(claims, "device", limit_s=sum(work.request.timeout_s for work in works))
-            self._leases.tell(claims)
+            with Timer() as told:
+                self._leases.tell(claims)
+            self._waited_s += told.s
             if len(works) > 1 and self._together(vae, works):
                 return
             for work in works:
@@ -150,6 +156,7 @@ class DeviceStage:
         try:
             with vae.lock, Meter(vae.device) as meter:
                 self._decoder.decode(vae, works, how)
+            self._waited_s += self._decoder.waited_s
         except Abandoned:
             raise
         except StreamClosed:

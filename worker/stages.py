@@ -211,7 +211,7 @@ def is_retryable(error: LatentqError) -> bool:
 
 
 class Stopwatch:
-    """Adds up where the device's thread spends its time."""
+    """Adds up where the device's thread spends its time: busy decoding, or idle, waiting for anything else."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

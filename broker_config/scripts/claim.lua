@@ -43,31 +43,42 @@ end
 
 local function too_new(rec) return tonumber(rec.schema) > schema end
 
--- The first id of a queue that may run. Takes off what may not: ids whose job is not queued (a duplicate, a
+-- Whether a job ran out of memory here and another live worker may have more. With nobody else, it is tried here.
+local function better_elsewhere(rec, vae)
+  if rec.avoid ~= worker then return false end
+  for _, other in ipairs(call('ZRANGEBYSCORE', P .. 'serving:' .. vae, int(now), '+inf')) do
+    if other ~= worker then return true end
+  end
+  return false
+end
+
+-- The first id of a queue that may run, but for jobs that are better off elsewhere. Takes off what may not: ids whose job is not queued (a duplicate, a
 -- job someone ended), jobs whose start deadline passed, jobs that need a newer worker, jobs that are not ours. Not
 -- too many at once: nobody else is served meanwhile, and ending a job takes some thirty commands.
 local drops_left = 100
 local function head_of(queue, vae)
-  local key = RQ .. 'queue:' .. queue
-  while true do
-    local id = call('LINDEX', key, 0)
+  local key, passed = RQ .. 'queue:' .. queue, 0
+  while passed < window do
+    local id = call('LINDEX', key, passed)
     if not id then return nil end
     local rec = record(id)
     local status = call('HGET', RQ .. 'job:' .. id, 'status')
     local runs = rec and rec.state == 'queued' and status == 'queued' and not too_new(rec) and not is_late(rec, now)
-    if runs then return rec end
+    if runs and not better_elsewhere(rec, vae) then return rec end
     if drops_left == 0 then
       ring(vae)
       return nil
     end
     drops_left = drops_left - 1
-    if not rec and status == 'queued' then
-      call('LPOP', key)
+    if runs then
+      passed = passed + 1
+    elseif not rec and status == 'queued' then
+      call('LREM', key, 1, id)
       fail_foreign(queue, id)
     elseif not rec or rec.state ~= 'queued' or status ~= 'queued' then
-      call('LPOP', key)
+      call('LREM', key, 1, id)
     elseif too_new(rec) then
-      call('LPOP', key)
+      call('LREM', key, 1, id)
       call('ZADD', P .. 'parked', rec.schema, id)
     else
       fail_late(rec, now, deadline_exc)
@@ -101,7 +112,7 @@ if mode == 'fast' and max_jobs > 1 and (best.crashes or '0') == '0' then
     if #chosen >= max_jobs then break end
     local rec = record(id)
     if rec and rec.state == 'queued' and rec.bucket == best.bucket and (rec.crashes or '0') == '0'
-      and px + tonumber(rec.px) <= max_px and not too_new(rec) and not is_late(rec, now)
+      and rec.avoid ~= worker and px + tonumber(rec.px) <= max_px and not too_new(rec) and not is_late(rec, now)
       and call('HGET', RQ .. 'job:' .. id, 'status') == 'queued' then
       local twice = false
       for _, other in ipairs(chosen) do twice = twice or other.id == id end

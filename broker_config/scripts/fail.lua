@@ -1,4 +1,5 @@
--- Records an error of this attempt. ARGV: id, execution, error (JSON), retryable, rq exc_string, max_errors.
+-- Records an error of this attempt. ARGV: id, execution, error (JSON), retryable, rq exc_string, max_errors,
+-- elsewhere ('1': better tried by another worker, if one serves the VAE: this one has not the memory).
 -- Returns 'retrying' | 'failed' | 'canceled' (someone asked for that meanwhile) | 'already' | 'lost'.
 local id, execution = ARGV[1], ARGV[2]
 local rec = record(id)
@@ -11,6 +12,7 @@ call('RPUSH', P .. 'attempts:' .. id, ARGV[3])
 local errors = call('HINCRBY', P .. 'job:' .. id, 'errors', 1)
 call('HSET', P .. 'job:' .. id, 'failed_execution', execution)
 if ARGV[4] == '1' and errors < tonumber(ARGV[6]) then
+  call('HSET', P .. 'job:' .. id, 'avoid', ARGV[7] == '1' and rec.worker or '')
   if rec.state == 'queued' then call('LREM', RQ .. 'queue:' .. rec.rq_queue, 1, id) end
   return requeue(rec, 'RPUSH', now, '') == 'canceled' and 'canceled' or 'retrying'
 end

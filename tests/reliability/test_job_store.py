@@ -526,6 +526,28 @@ def test_a_start_deadline_ends_a_job_that_no_worker_looks_at(queue: Queue) -> No
     assert queue.admin.zcard(keys.DEADLINES) == 0
 
 
+def test_a_job_that_ran_out_of_memory_is_tried_by_another_worker(queue: Queue) -> None:
+    job, behind = queue.submit(), queue.submit()
+    small, large = queue.worker("small"), queue.worker("large")
+    for worker in (small, large):
+        queue.store().serve(worker.name, ["sd"], ttl_s=60, report={})
+    assert small.fail(small.claim_one(), retryable=True, elsewhere=True) is Outcome.RETRYING
+    assert ids(small.claim(mode=Mode.FAST, max_jobs=8, max_px=100 * PX)) == [behind]
+    assert small.claim() == []
+    assert ids(large.claim()) == [job]
+
+
+def test_a_job_that_ran_out_of_memory_is_tried_again_where_nobody_else_serves(queue: Queue) -> None:
+    job = queue.submit()
+    small = queue.worker("small")
+    queue.store().serve(small.name, ["sd"], ttl_s=60, report={})
+    queue.store().serve("other", ["flux"], ttl_s=60, report={})
+    queue.store().serve("gone", ["sd"], ttl_s=0.01, report={})
+    small.fail(small.claim_one(), retryable=True, elsewhere=True)
+    queue.wait_ms(20)
+    assert ids(small.claim()) == [job]
+
+
 def test_a_start_deadline_is_for_the_first_attempt_only(queue: Queue) -> None:
     job = queue.submit(start_within_s=0.2)
     worker = queue.worker()

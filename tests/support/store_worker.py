@@ -61,10 +61,11 @@ class StoreWorker:
         """Stores an artifact and completes the job."""
         return self.store.complete(claim, self.result(claim))
 
-    def fail(self, claim: Claim, *, retryable: bool = False) -> Outcome:
+    def fail(self, claim: Claim, *, retryable: bool = False, elsewhere: bool = False) -> Outcome:
         """Ends the attempt with an error."""
         error = ERROR | {"attempt": claim.attempt, "worker": self.name}
-        return self.store.fail(claim, error, retryable=retryable, traceback="Traceback …\nDecodeFailed: the VAE raised")
+        text = "Traceback …\nDecodeFailed: the VAE raised"
+        return self.store.fail(claim, error, retryable=retryable, traceback=text, elsewhere=elsewhere)
 
     def renew(self, *claims: Claim, stage: str = "fetch", done: int = 0, total: int = 0) -> list[str]:
         """Renews the leases of these jobs."""
