@@ -92,9 +92,9 @@ local function own(name, id, until_ms)
   settle(name)
 end
 
-local function ring(vae)
+local function ring(vae, times)
   local bell = P .. 'bell:' .. vae
-  call('LPUSH', bell, '1')
+  for _ = 1, times or 1 do call('LPUSH', bell, '1') end
   call('LTRIM', bell, 0, 63)
   call('EXPIRE', bell, 3600)
 end
@@ -216,7 +216,8 @@ local function requeue(rec, side, now, execution)
   call('HSET', RQ .. 'job:' .. rec.id, 'status', 'queued')
   call('PERSIST', RQ .. 'job:' .. rec.id)
   call(side, RQ .. 'queue:' .. rec.rq_queue, rec.id)
-  ring(rec.vae)
+  -- Every worker hears it: one ring may go to a connection whose process or host has just died.
+  ring(rec.vae, math.max(1, math.min(16, call('ZCARD', P .. 'serving:' .. rec.vae))))
   return 'queued'
 end
 

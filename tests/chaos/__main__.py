@@ -1,11 +1,13 @@
-"""`python -m tests.chaos`: a long storm; prints counts and times, exits 1 if anything is missing."""
+"""`python -m tests.chaos`: kills after each command once, then a long storm; exits 1 if anything is missing."""
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 
-from tests.chaos.storm import REQUEUE_SLACK_S, Plan, Report, Storm
+from tests.chaos.storm import PICKUP_BAR_S, REQUEUE_SLACK_S, Plan, Report, Storm
+from tests.support.processes import ROOT
 
 
 def show(report: Report, plan: Plan) -> None:
@@ -19,8 +21,29 @@ def show(report: Report, plan: Plan) -> None:
             middle, longest = sorted(times)[len(times) // 2], max(times)
             print(f"kill → queued again, {name}: median {middle:.1f} s, longest {longest:.1f} s of {len(times)}")
     print(f"(lease {plan.lease_s:.0f} s, bar {plan.lease_s + REQUEUE_SLACK_S:.0f} s)")
+    for name, times in (("a fresh job", report.pickup_s), ("a dead worker's job", report.takeover_s)):
+        if times:
+            middle, longest = sorted(times)[len(times) // 2], max(times)
+            print(
+                f"queued → running, idle worker, {name}: median {middle:.3f} s, longest {longest:.3f} s of {len(times)}"
+            )
+    print(f"(bar {PICKUP_BAR_S:.0f} s)")
     for problem in report.problems:
         print(f"PROBLEM {problem}")
+
+
+#: Tests that kill a process at each of its commands; their names are the list of points.
+_KILL_POINTS = (
+    "tests/reliability/test_submit_replay.py::"
+    "test_a_producer_killed_after_any_of_its_commands_leaves_a_job_or_nothing_that_stays",
+    "tests/chaos/test_kill_points.py",
+)
+
+
+def kill_points() -> int:
+    """Kills a producer and a worker at each of their commands, prints the list, returns pytest's exit status."""
+    command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider", *_KILL_POINTS]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
 def main() -> int:
@@ -30,13 +53,21 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bound", type=float, default=1800.0)
+    parser.add_argument("--takeovers", type=int, default=5)
     arguments = parser.parse_args()
+    points = kill_points()
     plan = Plan(
-        seed=arguments.seed, jobs=arguments.jobs, kills=arguments.kills, damaged=10, deadly=5, bound_s=arguments.bound
+        seed=arguments.seed,
+        jobs=arguments.jobs,
+        kills=arguments.kills,
+        damaged=10,
+        deadly=5,
+        takeovers=arguments.takeovers,
+        bound_s=arguments.bound,
     )
     report = Storm(plan, say=print).run()
     show(report, plan)
-    return 1 if report.problems else 0
+    return 1 if report.problems or points else 0
 
 
 if __name__ == "__main__":

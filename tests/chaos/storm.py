@@ -35,6 +35,10 @@ from tests.support.tiny_vaes import write_tiny_catalog
 
 #: Distinct latents; what each decodes to is known before the storm.
 VARIANTS = 12
+#: Fresh jobs that idle workers are timed with.
+_PICKUPS = 20
+#: Queued → running, while a worker is idle.
+PICKUP_BAR_S = 1.0
 #: kill → queued again may take this much longer than the lease (docs/states.md).
 REQUEUE_SLACK_S = 3.0
 
@@ -51,6 +55,8 @@ class Plan:
     damaged: int
     #: Jobs whose decode kills the worker.
     deadly: int
+    #: Jobs that each kill their worker while another is idle, after the storm: how fast does it take over?
+    takeovers: int = 1
     lease_s: float = 3.0
     #: Longest time the whole may take.
     bound_s: float = 900.0
@@ -70,6 +76,9 @@ class Report:
     requeue_s: list[float] = field(default_factory=list)
     #: The same where broker or janitor died within that time.
     requeue_disturbed_s: list[float] = field(default_factory=list)
+    #: Seconds from queued to running while a worker was idle: fresh jobs, and jobs whose worker had died.
+    pickup_s: list[float] = field(default_factory=list)
+    takeover_s: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -110,6 +119,7 @@ class Storm:
                     self._expected = self._undisturbed()
                     self._blow()
                     self._settle()
+                    self._calm()
                 finally:
                     self._stop.set()
                     for member in self._crew:
@@ -331,6 +341,47 @@ class Storm:
                 stuck = [(i.job_id, i.status, i.worker, i.attempts, i.errors) for i in snapshots[:5]]
                 raise AssertionError(f"{len(waiting)} jobs do not end: {stuck}")
             time.sleep(0.2)
+
+    def _calm(self) -> None:
+        """How fast idle workers take jobs, by the broker's clock."""
+        client = self._client(self._direct)
+        for _ in range(_PICKUPS):
+            self._wait_for_crew(client)
+            job = client.submit(self._latents(0), vae="sd", provenance=False)
+            self._accepted[job.id] = 0
+            job.wait(60)
+            self._report.pickup_s.append(self._times_of(job.id)[1])
+        for _ in range(self._plan.takeovers):
+            self._wait_for_crew(client)
+            job = client.submit(self._latents(0), vae="sd", provenance=False, metadata=POISON)
+            self._accepted[job.id] = 0
+            self._deadly.add(job.id)
+            seen = 1
+            while not job.status().is_terminal:
+                self._revive()
+                attempts, took = self._times_of(job.id)
+                if attempts > seen and took >= 0:  # negative: queued again since it was last started
+                    seen = attempts
+                    self._report.takeover_s.append(took)
+                time.sleep(0.02)
+
+    def _wait_for_crew(self, client: DecodeClient) -> None:
+        """Both workers are up and wait for work."""
+        deadline = time.monotonic() + 60
+        while True:
+            self._revive()
+            blocked = [item for item in client.store.connections.commands.client_list() if item["cmd"] == "blpop"]
+            if len(blocked) >= sum(member.kind == "worker" for member in self._crew):
+                return
+            if time.monotonic() > deadline:
+                raise AssertionError("the workers do not come up")
+            time.sleep(0.02)
+
+    def _times_of(self, job_id: str) -> tuple[int, float]:
+        """Attempts so far, and seconds from queued to started."""
+        with redis.Redis.from_url(self._broker.url) as admin:
+            attempts, queued_ms, started_ms = admin.hmget(keys.job(job_id), "attempts", "queued_ms", "started_ms")
+        return int(attempts or 0), (int(started_ms or 0) - int(queued_ms or 0)) / 1000
 
     def _check_books(self) -> None:
         client, report = self._client(self._direct), self._report

@@ -1,7 +1,8 @@
 """A worker is SIGKILLed before and after each thing it says to the broker about a job; the job succeeds all the same.
 
-The steps are what one job costs, in order: claim, read the latents, tell that it is on the device, store the artifact,
-complete. `before`: the command was sent and never arrived. `after`: the broker executed it, the worker never knew.
+The steps are what one job costs, in order: claim, read the latents, tell that it is on the device, store an artifact
+that is too large to come along with the success, complete. `before`: the command was sent and never arrived. `after`:
+the broker executed it, the worker never knew.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import pytest
 from pydantic import SecretStr
 
 from broker_config import keys
+from broker_config.blob_store import INLINE_BYTES
 from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.scripts import source
 from broker_config.settings import Settings
-from producer import DecodeClient, JobStatus
+from producer import DecodeClient, JobHandle, JobStatus
 from tests.chaos.crew import Member
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.processes import environment_of
@@ -27,15 +29,18 @@ from tests.support.wait import wait_until
 from worker.janitor import Janitor
 
 _numbers = itertools.count()
-#: Step → (command, script). One job sends each of them once.
+SMALL = (1, 4, 8, 8)
+#: 320 × 320 × 12 bytes as a tensor.
+LARGE = (1, 4, 40, 40)
+assert INLINE_BYTES < 320 * 320 * 12
+#: Step → (command, script, shape of the latents). One job sends each of them once.
 STEPS = {
-    "claim": ("EVALSHA", "claim"),
-    "read the latents": ("GET", None),
-    "tell the device stage": ("EVALSHA", "renew"),
-    "store the artifact": ("SET", None),
-    "set its lifetime": ("PEXPIRE", None),
-    "commit the artifact": ("EXEC", None),
-    "complete": ("EVALSHA", "complete"),
+    "claim": ("EVALSHA", "claim", SMALL),
+    "read the latents": ("MGET", None, SMALL),
+    "tell the device stage": ("EVALSHA", "renew", SMALL),
+    "complete, artifact included": ("EVALSHA", "complete", SMALL),
+    "store a large artifact": ("EVALSHA", "store", LARGE),
+    "complete with a large artifact": ("EVALSHA", "complete", LARGE),
 }
 POINTS = [(step, when) for step in STEPS for when in ("before", "after")]
 
@@ -71,10 +76,14 @@ def test_a_worker_killed_here_loses_nothing(
 ) -> None:
     proxy, member = worker_at
     wait_until(lambda: client.store.served({"sd"}), timeout_s=60, what="the worker")
-    latents = np.random.default_rng(1).standard_normal((1, 4, 8, 8)).astype(np.float32)
-    undisturbed = client.submit(latents, vae="sd", provenance=False)
+    command, script, shape = STEPS[step]
+    latents = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+    def submit() -> JobHandle:
+        return client.submit(latents, vae="sd", provenance=False, output="tensor")
+
+    undisturbed = submit()
     undisturbed.wait(60)
-    command, script = STEPS[step]
     argument = digest_of(script) if script else None
     if script == "claim":  # an idle worker looks for work all the time; the one that finds it is the second
         rule = proxy.hold(command=command, argument=argument) if when == "before" else None
@@ -86,10 +95,10 @@ def test_a_worker_killed_here_loses_nothing(
         rule = proxy.hold_reply(command=command, argument=argument)
         rule.wait()  # the idle look is held; its answer was "nothing"
         rule.release()
-        job = client.submit(latents, vae="sd", provenance=False)
+        job = submit()
         wait_until(lambda: job.status() is not JobStatus.QUEUED, what="the claim")
     else:
-        job = client.submit(latents, vae="sd", provenance=False)
+        job = submit()
         rule.wait()
     died_holding = job.status()
     member.kill()
