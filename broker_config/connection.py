@@ -1,8 +1,9 @@
 """Connections to the broker, with every timeout explicit, and driver errors turned into ours.
 
 redis-py 8 times blocking reads out after 5 s and then repeats them, and repeats writes whose reply was lost.
-Hence three kinds of client: commands (short timeout; all our writes are scripts that are safe to send
-again), blobs (a timeout that fits their size), blocking reads (a timeout above the longest block, no repeats).
+Hence four kinds of client: commands (short timeout; all our writes are scripts that are safe to send
+again), blobs (a timeout that fits their size), blocking reads (a timeout above the longest block, no repeats), and a
+worker's doorbell (blocks for a second: one whose connection died unheard must not sleep on).
 """
 
 from __future__ import annotations
@@ -44,23 +45,27 @@ BLOB_TIMEOUT_S: Final = 60.0
 #: Longest block a caller may ask for, and the socket timeout above it: a dead network must not hang a reader.
 MAX_BLOCK_S: Final = 20.0
 _BLOCKING_TIMEOUT_S: Final = 30.0
+#: Longest block on a doorbell, and its socket timeout: a broker under load may answer a little late.
+BELL_BLOCK_S: Final = 1.0
+_BELL_TIMEOUT_S: Final = 3.0
 #: 2 MB GET takes 3.6 ms with redis-py's 32 KiB reads and 1.5 ms with these (docs/decisions/0003).
 _BLOB_READ_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Connections:
-    """The three clients of one process. Thread-safe: each takes connections from a pool."""
+    """The clients of one process. Thread-safe: each takes connections from a pool."""
 
     #: Without user name and password: fit for messages and logs.
     url: str
     commands: redis.Redis
     blobs: redis.Redis
     blocking: redis.Redis
+    bell: redis.Redis
 
     def close(self) -> None:
         """Closes every pooled connection."""
-        for client in (self.commands, self.blobs, self.blocking):
+        for client in (self.commands, self.blobs, self.blocking, self.bell):
             client.close()
             client.connection_pool.disconnect()
 
@@ -113,6 +118,7 @@ def connect_url(url: str, *, name: str, retries: int = 3) -> Connections:
             commands=client(timeout_s=COMMAND_TIMEOUT_S, tries=retries),
             blobs=client(timeout_s=BLOB_TIMEOUT_S, tries=retries, read_bytes=_BLOB_READ_BYTES),
             blocking=client(timeout_s=_BLOCKING_TIMEOUT_S, tries=0),
+            bell=client(timeout_s=_BELL_TIMEOUT_S, tries=0),
         )
     except ValueError as error:
         raise ConfigurationError(

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 
 from broker_config import keys, rq_format
 from broker_config.blob_store import address
-from broker_config.connection import Connections, broker_errors
+from broker_config.connection import BELL_BLOCK_S, Connections, broker_errors
 from broker_config.errors import (
     BlobMissing,
     JobConflict,
@@ -399,10 +399,10 @@ class JobStore:
         """Says that a worker lives and serves `vaes` for the next `ttl_s`; 0: it leaves."""
         self._run("serve", worker, round(ttl_s * 1000), json.dumps(report), *vaes)
 
-    def wait_for_work(self, vaes: Sequence[str], *, timeout_s: float) -> bool:
-        """Blocks until a doorbell of one of `vaes` rings, or for `timeout_s`. Returns whether it rang."""
+    def wait_for_work(self, vaes: Sequence[str], *, timeout_s: float = BELL_BLOCK_S) -> bool:
+        """Blocks until a doorbell of one of `vaes` rings, or for a second at most. Returns whether it rang."""
         with broker_errors(self.connections.url):
-            rung = self.connections.blocking.blpop([keys.bell(vae) for vae in vaes], timeout=timeout_s)
+            rung = self.connections.bell.blpop([keys.bell(vae) for vae in vaes], timeout=min(timeout_s, BELL_BLOCK_S))
         return rung is not None
 
     def release(self, claims: Sequence[Claim]) -> int:

@@ -14,14 +14,14 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 
 from broker_config import keys
 from broker_config.connection import Connections, broker_errors
-from broker_config.errors import LatentqError, WeightsMissing
+from broker_config.errors import LatentqError, WeightsMismatch, WeightsMissing, WorkerError
 from broker_config.job_store import Claim, JobStore
 from broker_config.messages import Mode
 from broker_config.settings import Settings
@@ -68,6 +68,9 @@ class DecodeWorker:
         settings: what both sides agree on.
         worker_settings: what only this worker needs; `vaes` must not be empty.
         catalog: the VAEs.
+
+        Raises:
+            BrokerUnreachable: the broker does not answer.
         """
         device = pick_device(worker_settings.device)
         if worker_settings.mode is None:
@@ -86,14 +89,15 @@ class DecodeWorker:
         self.stopwatch = Stopwatch()
         self.store = JobStore(connections, settings)
         self.pool = VaePool(catalog, device=device, dtype=worker_settings.dtype, max_bytes=worker_settings.pool_bytes)
-        self._presence = RqPresence(
-            name=worker_settings.name,
-            queues=[queue for vae in worker_settings.vaes for queue in keys.queue_names(vae)],
-            connection=connections.commands,
-            ttl_s=settings.lease_s * 3,
-            on_stop_job=lambda job_id: self._leases.mark_canceled(job_id),
-            on_shutdown=self.stop,
-        )
+        with broker_errors(connections.url):  # RQ asks the broker for this connection's address
+            self._presence = RqPresence(
+                name=worker_settings.name,
+                queues=[queue for vae in worker_settings.vaes for queue in keys.queue_names(vae)],
+                connection=connections.commands,
+                ttl_s=settings.lease_s * 3,
+                on_stop_job=lambda job_id: self._leases.mark_canceled(job_id),
+                on_shutdown=self.stop,
+            )
         self._wire_stages()
 
     def _wire_stages(self) -> None:
@@ -145,6 +149,7 @@ class DecodeWorker:
 
         Raises:
             WeightsMissing: none of the VAEs has weights here.
+            WeightsMismatch: the weights that there are are not what the catalogue says.
             ConfigurationError: large blobs lie in a store that this worker does not reach.
             BrokerError: the broker, or the store of large blobs, does not answer at the start.
         """
@@ -173,22 +178,25 @@ class DecodeWorker:
             signal.signal(number, lambda *_: self.stop())
 
     def _load(self) -> None:
-        """Loads the VAEs before the worker says it is ready; those without weights here are not served."""
-        usable, missing = [], []
+        """Loads the VAEs, as many as the pool holds, before the worker says it is ready.
+
+        VAEs without usable weights here are not served.
+        """
+        usable: list[str] = []
+        errors: list[WorkerError] = []
         for name in self._own.vaes:
-            entry = self._catalog[name]
             try:
-                find_weights(entry)
+                find_weights(self._catalog[name])
+                if not self.pool.is_full:
+                    self.pool.get(name)
                 usable.append(name)
-            except WeightsMissing as error:
-                missing.append(error.message)
-                logger.error("VAE %s is not served: %s", name, error, extra={"action": "weights_missing"})
+            except (WeightsMissing, WeightsMismatch) as error:
+                errors.append(error)
+                logger.error("VAE %s is not served: %s", name, error, extra={"action": "vae_not_served", "vae": name})
         if not usable:
-            raise WeightsMissing("; ".join(missing) or "no VAE to serve: name one with --vae")
+            raise _why_none(errors)
         self._own = self._own.model_copy(update={"vaes": tuple(usable)})
         self._fetch.serve(self._own)
-        for name in usable:
-            self.pool.get(name)
 
     def _beat(self) -> None:
         ttl_s = self._settings.lease_s * 2
@@ -256,3 +264,11 @@ class DecodeWorker:
         except LatentqError as error:
             logger.warning("not handed back: %s", error, extra={"action": "release_failed"})
         os._exit(EXIT_BROKEN)
+
+
+def _why_none(errors: Sequence[WorkerError]) -> WorkerError:
+    """One error for a worker that can serve none of its VAEs."""
+    if len(errors) == 1:
+        return errors[0]
+    kind = WeightsMismatch if any(isinstance(error, WeightsMismatch) for error in errors) else WeightsMissing
+    return kind("; ".join(error.message for error in errors) or "no VAE to serve: name one with --vae")

@@ -23,8 +23,8 @@ from worker.vae_pool import LoadedVae, VaePool
 
 logger = logging.getLogger(__name__)
 
-#: The doorbell is only a hint: an idle worker looks for itself this often.
-_POLL_S: Final = 1.0
+#: Pause while the broker does not answer.
+_OUTAGE_PAUSE_S: Final = 1.0
 #: Reading latents and loading a VAE, the first time from a slow disk or the hub.
 _FETCH_LIMIT_S: Final = 900.0
 
@@ -120,10 +120,10 @@ class FetchStage:
                 if claims:
                     self._leases.hold(claims, limit_s=_FETCH_LIMIT_S)
                     return claims
-                self._store.wait_for_work(settings.vaes, timeout_s=_POLL_S)
+                self._store.wait_for_work(settings.vaes)
             except BrokerError as error:
                 logger.warning("waiting for work failed: %s", error, extra={"action": "broker_away"})
-                self._stopping.wait(_POLL_S)
+                self._stopping.wait(_OUTAGE_PAUSE_S)
             except Abandoned:
                 return None
         return None

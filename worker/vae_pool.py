@@ -104,6 +104,12 @@ class VaePool:
                 del self._loaded[other]
             return len(others)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether loading another VAE would evict one."""
+        with self._lock:
+            return self._max_bytes is not None and self._size_bytes() >= self._max_bytes
+
     def loaded(self) -> list[str]:
         """Names of the loaded VAEs, least recently used first."""
         with self._lock:
@@ -111,11 +117,14 @@ class VaePool:
 
     def _shrink(self, *, keep: str) -> None:
         while self._max_bytes is not None and len(self._loaded) > 1:
-            if sum(vae.size_bytes for vae in self._loaded.values()) <= self._max_bytes:
+            if self._size_bytes() <= self._max_bytes:
                 return
             oldest = next(name for name in self._loaded if name != keep)
             logger.info("evicting VAE %s", oldest, extra={"action": "vae_evicted", "vae": oldest})
             del self._loaded[oldest]
+
+    def _size_bytes(self) -> int:
+        return sum(vae.size_bytes for vae in self._loaded.values())
 
     def _load(self, entry: VaeEntry) -> LoadedVae:
         folder, revision = find_weights(entry)

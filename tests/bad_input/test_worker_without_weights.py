@@ -88,14 +88,16 @@ def test_a_worker_whose_vaes_have_no_weights_ends_with_2(broken_workers: WorkerP
     assert "Traceback" not in log
 
 
-def test_a_worker_with_weights_for_one_of_its_vaes_serves_that_one(
+def test_a_worker_with_usable_weights_for_one_of_its_vaes_serves_that_one(
     client: DecodeClient, broken_workers: WorkerProcesses, broken_catalog: Path
 ) -> None:
-    process = broken_workers.start("gone", "sd")
+    process = broken_workers.start("gone", "other-channels", "sd")
     job = client.submit(torch.zeros(1, 4, 8, 8), vae="sd")
     assert job.wait(timeout=PATIENCE_S).status is JobStatus.SUCCEEDED
-    assert client.store.served(["sd", "gone"]) == {"sd"}
-    assert f"VAE gone in {broken_catalog.parent / 'gone'}" in broken_workers.log(process)
+    assert client.store.served(["sd", "gone", "other-channels"]) == {"sd"}
+    log = broken_workers.log(process)
+    assert f"VAE gone in {broken_catalog.parent / 'gone'}" in log
+    assert "weights of VAE other-channels have 16 latent channels" in log
 
 
 #: What the last line must say of each, beside the VAE's name.

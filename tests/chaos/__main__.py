@@ -54,8 +54,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bound", type=float, default=1800.0)
     parser.add_argument("--takeovers", type=int, default=5)
+    parser.add_argument("--storm-only", action="store_true", help="leave out the kills at each command")
     arguments = parser.parse_args()
-    points = kill_points()
+    points = 0 if arguments.storm_only else kill_points()
     plan = Plan(
         seed=arguments.seed,
         jobs=arguments.jobs,

@@ -356,26 +356,36 @@ class Storm:
             job = client.submit(self._latents(0), vae="sd", provenance=False, metadata=POISON)
             self._accepted[job.id] = 0
             self._deadly.add(job.id)
-            seen = 1
+            seen, back_s, ready = 1, 0.0, False
             while not job.status().is_terminal:
                 self._revive()
                 attempts, took = self._times_of(job.id)
-                if attempts > seen and took >= 0:  # negative: queued again since it was last started
+                if attempts == seen and took < 0:  # queued again after its worker died, right after it had started it
+                    back_s = -took
+                elif attempts > seen and took >= 0:
                     seen = attempts
-                    self._report.takeover_s.append(took)
-                time.sleep(0.02)
+                    self._report.takeover_s += [took] if ready else []
+                    self._report.requeue_s += [back_s] if back_s else []
+                else:  # the lease of the dead worker runs out
+                    ready = self._ready(client) > 0
+                time.sleep(0.001)
 
     def _wait_for_crew(self, client: DecodeClient) -> None:
         """Both workers are up and wait for work."""
         deadline = time.monotonic() + 60
         while True:
             self._revive()
-            blocked = [item for item in client.store.connections.commands.client_list() if item["cmd"] == "blpop"]
-            if len(blocked) >= sum(member.kind == "worker" for member in self._crew):
+            if self._ready(client) == sum(member.kind == "worker" for member in self._crew):
                 return
             if time.monotonic() > deadline:
                 raise AssertionError("the workers do not come up")
             time.sleep(0.02)
+
+    @staticmethod
+    def _ready(client: DecodeClient) -> int:
+        """Workers that wait for the doorbell."""
+        clients = client.store.connections.commands.client_list()
+        return sum(item["cmd"] == "blpop" and "b" in item["flags"] for item in clients)
 
     def _times_of(self, job_id: str) -> tuple[int, float]:
         """Attempts so far, and seconds from queued to started."""
@@ -433,9 +443,12 @@ class Storm:
         """Log lines that should not be there, whatever was killed."""
         found = []
         for path in folder.glob("*.log"):
-            for line in path.read_text(errors="replace").splitlines():
-                if '"stage_broke"' in line or line.startswith("Traceback"):
+            lines = path.read_text(errors="replace").splitlines()
+            for number, line in enumerate(lines):
+                if '"stage_broke"' in line:
                     found.append(f"{path.name}: {line[:2000]}")
+                elif line.startswith("Traceback"):
+                    found.append(f"{path.name}: " + "\n".join(lines[number : number + 40]))
         return found[:10]
 
 

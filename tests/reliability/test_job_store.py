@@ -283,7 +283,7 @@ def test_a_submit_rings_the_bell_that_idle_workers_wait_for(queue: Queue) -> Non
     store = queue.store()
     assert not store.wait_for_work(["sd"], timeout_s=0.01)
     queue.submit()
-    assert store.wait_for_work(["flux", "sd"], timeout_s=5)
+    assert store.wait_for_work(["flux", "sd"])
 
 
 # Claim: the token ----------------------------------------------------------------------------------------------
@@ -565,7 +565,7 @@ def test_any_number_of_jobs_that_must_not_start_do_not_hide_the_one_that_may(que
         pass
     claims, turns = worker.claim(), 1
     while not claims:
-        assert store.wait_for_work(["sd"], timeout_s=5), "the bell calls the worker back"
+        assert store.wait_for_work(["sd"]), "the bell calls the worker back"
         claims, turns = worker.claim(), turns + 1
     assert ids(claims) == [job]
     assert turns == 3, "a claim ends at most 100 jobs: the broker serves nobody else meanwhile"

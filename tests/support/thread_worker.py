@@ -14,6 +14,7 @@ from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeCatalog
 from worker.decode_worker import DecodeWorker
 from worker.settings import load_worker_settings
+from worker.vae_pool import LoadedVae
 
 
 class Gate:
@@ -61,8 +62,17 @@ class ThreadWorker:
         )
         self.status: int | None = None
         self._thread = threading.Thread(target=self._run, name="worker-under-test")
+        self._get = self.worker.pool.get
+        self.worker.pool.get = self._gated_get  # type: ignore[method-assign]
         for name in vaes:
-            self._hang_gate(self.worker.pool.get(name).module)
+            self.worker.pool.get(name)
+
+    def _gated_get(self, name: str) -> LoadedVae:
+        """What the pool gives, with a gate; a VAE that was evicted and loaded again gets one, too."""
+        vae = self._get(name)
+        if "decode" not in vars(vae.module):
+            self._hang_gate(vae.module)
+        return vae
 
     def _hang_gate(self, vae: Any) -> None:
         decode = vae.decode
