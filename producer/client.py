@@ -19,13 +19,13 @@ from broker_config.errors import (
     ResultExpired,
 )
 from broker_config.job_store import JobStore
-from broker_config.latent_geometry import Geometry
+from broker_config.latent_geometry import FACTS, Geometry, LatentLayout
 from broker_config.messages import DecodeRequest
 from broker_config.settings import Settings, load_settings
 from broker_config.tiered_blob_store import TieredBlobStore
 from broker_config.vae_catalog import VaeCatalog
 from producer.job_handle import JobHandle
-from producer.submission import DecodeOptions, build_request, checked_options, new_job_id
+from producer.submission import DecodeOptions, build_request, checked_options, checked_state, new_job_id
 from producer.tensor_input import Latents, TensorFile, read_tensor_file, to_tensor_file
 
 #: A submit whose latents expired before they were accepted stores them again, this often.
@@ -230,7 +230,7 @@ class DecodeClient:
             num_frames=source.num_frames,
             height=source.height,
             width=source.width,
-            is_video=len(source.shape) == 5,
+            is_video=source.is_video,
         )
         known = {item.name for item in dataclasses.fields(DecodeOptions)}
         kept = {
@@ -238,11 +238,12 @@ class DecodeClient:
             for name in known & {item.name for item in dataclasses.fields(source)}
             if name not in ("job_id", "timeout_s", "height", "width", "num_frames")
         }
-        fixed = {"vae", "layout", "height", "width", "num_frames"} & set(options)
+        fixed = {"vae", "layout", "height", "width", "num_frames", "state", *FACTS} & set(options)
         if fixed:
             name = sorted(fixed)[0]
             raise _not_changeable(name)
         asked = _options(kept | options)
+        checked_state(asked, entry, LatentLayout(source.layout))
         checked = checked_options(asked, entry=entry, geometry=geometry, settings=self._settings)
         job_id = asked.job_id or new_job_id()
         return dataclasses.replace(source, job_id=job_id, source_job_id=source.job_id, **checked)

@@ -25,6 +25,7 @@ from huggingface_hub import snapshot_download
 
 from broker_config.errors import WeightsMismatch, WeightsMissing
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
+from broker_config.vae_identity import config_digest
 from worker.latent_io import torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,14 @@ class VaePool:
         # it is set (LinearAlgebra.cpp `should_fold`), also under inference_mode, and the last bits differ.
         module = _from_pretrained(entry, folder, dtype).to(self._device).eval()
         size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-        weights = {"weights": entry.weights, "sha256": _digest(folder), "class": str(config["_class_name"])}
+        if entry.tiled:
+            module.enable_tiling()
+        weights = {
+            "weights": entry.weights,
+            "sha256": _digest(folder),
+            "class": str(config["_class_name"]),
+            "config": config_digest(module.config),
+        }
         if revision:
             weights["revision"] = revision
         return LoadedVae(entry=entry, module=module, dtype=dtype, device=self._device, weights=weights, size_bytes=size)
@@ -217,6 +225,12 @@ def _checked_config(entry: VaeEntry, folder: Path) -> Mapping[str, Any]:
         raise WeightsMismatch(
             f"the weights of VAE {entry.name} are of class {found}, the catalogue says {entry.vae_class}",
             field="vae_class",
+        )
+    if entry.config_digest is not None and entry.config_digest != config_digest(config):
+        raise WeightsMismatch(
+            f"the config of VAE {entry.name} has digest {config_digest(config)}, the catalogue says "
+            f"{entry.config_digest}",
+            field="config_digest",
         )
     channels = config.get("latent_channels") or config.get("z_dim")
     if channels is not None and channels != entry.channels:
