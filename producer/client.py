@@ -25,6 +25,7 @@ from broker_config.settings import Settings, load_settings
 from broker_config.tiered_blob_store import TieredBlobStore
 from broker_config.vae_catalog import VaeCatalog
 from producer.job_handle import JobHandle
+from producer.pipelines import options_of
 from producer.submission import DecodeOptions, build_request, checked_options, checked_state, new_job_id
 from producer.tensor_input import Latents, TensorFile, read_tensor_file, to_tensor_file
 
@@ -87,12 +88,16 @@ class DecodeClient:
         with broker_errors(self._connections.url):
             self._connections.commands.ping()
 
-    def submit(self, latents: Latents, *, block_s: float = 0.0, **options: Any) -> JobHandle:
+    def submit(
+        self, latents: Latents, *, pipeline: Any = None, block_s: float = 0.0, **options: Any
+    ) -> JobHandle:
         """Hands latents over; when this returns, they cannot be lost.
 
         Args:
             latents: torch tensor (float16, bfloat16, float32; any device, any strides) or numpy array (float16,
                 float32), laid out as the pipeline returned them.
+            pipeline: the diffusers pipeline that made them, with or without its VAE: tells vae, layout, state and the
+                facts that go with them (`producer/pipelines.py`). Options named beside it win.
             block_s: while the queue is full, how long to try again.
             options: fields of `DecodeOptions`: vae, layout, height, width, num_frames, fps, output, mode, priority,
                 timeout_s, start_within_s, retention_s, scaling_factor, shift_factor, metadata, provenance, job_id.
@@ -105,6 +110,8 @@ class DecodeClient:
                 cannot make a second job.
             BlobStoreUnavailable: the store of large blobs did not take the latents; nothing was accepted.
         """
+        if pipeline is not None:
+            options = options_of(pipeline, options, catalog=self.catalog)
         asked = _options(options)
         tensor = to_tensor_file(latents, max_bytes=self._settings.max_latents_bytes)
         return self._submit(tensor, asked, block_s=block_s)

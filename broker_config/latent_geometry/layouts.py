@@ -21,6 +21,8 @@ class LatentLayout(StrEnum):
     PACKED = "packed"
     #: (B, C, f, h, w) of a video VAE.
     VIDEO = "video"
+    #: The same, which the pipeline holds with channels innermost, so that its VAE runs other kernels (Kandinsky 6).
+    VIDEO_CHANNELS_LAST = "video_channels_last"
     #: (B, C, F, h, w) whose frames an image VAE decodes one by one (AnimateDiff).
     VIDEO_2D = "video_2d"
     #: (B, F, C, h, w) whose frames a VAE of single frames decodes in groups (Stable Video Diffusion).
@@ -142,6 +144,7 @@ LAYOUTS: Final[Mapping[LatentLayout, LayoutForm]] = {
     LatentLayout.UNPACKED: LayoutForm(form="(batch, channels, h, w)"),
     LatentLayout.PACKED: LayoutForm(form="(batch, length, patch²*channels)", needs=_SIZE),
     LatentLayout.VIDEO: LayoutForm(form="(batch, channels, frames, h, w)", is_video=True),
+    LatentLayout.VIDEO_CHANNELS_LAST: LayoutForm(form="(batch, channels, frames, h, w)", is_video=True),
     LatentLayout.VIDEO_2D: LayoutForm(
         form="(batch, channels, frames, h, w)", is_video=True, state=LatentState.RECIPROCAL
     ),

@@ -255,6 +255,7 @@ _RULES: Final[Mapping[LatentLayout, Callable[[Sequence[int], Compression, Asked]
     LatentLayout.UNPACKED: _unpacked,
     LatentLayout.PACKED: _packed,
     LatentLayout.VIDEO: _video,
+    LatentLayout.VIDEO_CHANNELS_LAST: _video,
     LatentLayout.VIDEO_2D: _video,
     LatentLayout.FRAMES_2D: _frames_first,
     LatentLayout.FRAMES_FIRST: _frames_first,

@@ -128,6 +128,10 @@ _TABLE: Final[Mapping[LatentLayout, _Steps]] = {
     LatentLayout.UNPACKED: _Steps(before=_unpacked_before, after=_unpacked_after),
     LatentLayout.PACKED: _Steps(before=_unpack),
     LatentLayout.VIDEO: _Steps(before=_skip_frames),
+    # pipelines/kandinsky6/pipeline_kandinsky6_ti2va.py __call__: permuted from (B, f, h, w, C), and decoded like that
+    LatentLayout.VIDEO_CHANNELS_LAST: _Steps(
+        before=lambda latents, _: frames.channels_last(latents.permute(0, 2, 3, 4, 1).contiguous())
+    ),
     LatentLayout.VIDEO_2D: _Steps(after=lambda latents, _: frames.fold_frames(latents)),
     # pipelines/stable_video_diffusion/pipeline_stable_video_diffusion.py decode_latents: B, F, C, h, w → B·F, C, h, w
     LatentLayout.FRAMES_2D: _Steps(before=lambda latents, _: latents.flatten(0, 1)),
