@@ -286,7 +286,6 @@ EXCEPTED: Final[Mapping[str, str]] = {
     "EasyAnimateControlPipeline": "its own decode calls a method the class lacks (decode_latents)",
     "LTXI2VLongMultiPromptPipeline": "it decodes in tiles of its own making and blends them",
     "LTX2HDRPipeline": "its pictures have a high dynamic range, which none of the outputs holds",
-    "LTX2VideoDiffusionDecodePipeline": "it takes latents and hands none out: it is a decoder, which samples",
     "VisualClozeGenerationPipeline": "a row of pictures of several sizes is packed into one sequence",
     "SanaWMLTX2Refiner": "a part of SanaWMPipeline, which keeps frames of its first stage to itself",
 }

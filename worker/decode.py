@@ -67,10 +67,14 @@ def step_of(count: int, plan: Plan, items_per_call: int | None) -> int:
         plan: how many pictures or clips they are.
         items_per_call: pictures or clips in one call; None: as many as the pipeline takes.
     """
+    if plan.layout is LatentLayout.ITEM_PATCHES:
+        return 1  # pipeline_joyimage_edit_plus.py `__call__` decodes its pictures in a loop
     items = plan.batch if items_per_call is None else min(plan.batch, items_per_call)
     step = max(1, items * (count // plan.batch))
     if plan.layout in _FOLDED:
-        step = min(plan.facts.frames_per_call or FRAMES_PER_CALL, step)
+        # pipeline_stable_video_diffusion.py `__call__`: decode_chunk_size is the clip's number of frames
+        usual = plan.num_frames if plan.layout is LatentLayout.FRAMES_2D else FRAMES_PER_CALL
+        step = min(plan.facts.frames_per_call or usual, step)
     return step
 
 

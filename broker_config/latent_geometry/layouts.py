@@ -116,6 +116,8 @@ class FrameRule(StrEnum):
     EVEN = "even"
     #: (f-1)·t + 1 for an odd f, f·t for an even one (CogVideoX decodes two latent frames at a time).
     PAIRS = "pairs"
+    #: Clips of 5 latent frames, (f-1)·t + 1 each, at least 3 latent frames in all (MiniMax-H3).
+    CLIPS = "clips"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

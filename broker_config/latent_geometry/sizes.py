@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -276,6 +277,11 @@ _RULES: Final[Mapping[LatentLayout, Callable[[Sequence[int], Compression, Asked]
     LatentLayout.VIDEO_CHUNKS: _video_chunks,
 }
 
+#: Latent frames of a clip, and the fewest a whole may have (autoencoder_kl_minimax_h3.py `_decode`: clip_length 17,
+#: token_drop 3).
+_CLIP: Final = 5
+_LEAST_OF_CLIPS: Final = 3
+
 #: Facts of sizes, and the layouts that have a use for them; elsewhere they would be ignored, and the caller misled.
 _USES: Final[Mapping[str, frozenset[LatentLayout]]] = {
     "patch_size": frozenset({LatentLayout.PACKED, LatentLayout.PACKED_FRAME, LatentLayout.PACKED_VIDEO}),
@@ -311,6 +317,13 @@ def _size(asked: Asked, height: int, width: int, vae: Compression) -> tuple[int,
 def _frames_of(latent_frames: int, vae: Compression) -> int:
     if vae.frames is FrameRule.EVEN or (vae.frames is FrameRule.PAIRS and latent_frames % 2 == 0):
         return latent_frames * vae.temporal
+    if vae.frames is FrameRule.CLIPS:
+        if latent_frames < _LEAST_OF_CLIPS:
+            raise InvalidSize(
+                f"the latents have {latent_frames} frames, this VAE decodes no fewer than {_LEAST_OF_CLIPS}",
+                field="latents",
+            )
+        return latent_frames * vae.temporal - (vae.temporal - 1) * math.ceil(latent_frames / _CLIP)
     return (latent_frames - 1) * vae.temporal + 1
 
 

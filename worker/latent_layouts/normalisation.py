@@ -204,8 +204,8 @@ def _statistics(vae: Any, name: str) -> torch.Tensor | None:
     values = vae.config.get(name)
     if values is not None:
         return torch.tensor(values)
-    buffer = getattr(vae, name, None)
-    return buffer if isinstance(buffer, torch.Tensor) else None
+    buffers: dict[str, torch.Tensor] = dict(vae.named_buffers(recurse=False))
+    return buffers.get(name)
 
 
 def _needed(latents: torch.Tensor, scaling: Scaling) -> tuple[torch.Tensor, torch.Tensor]:
