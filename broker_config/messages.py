@@ -26,8 +26,9 @@ SCHEMA_VERSION: Final = 2
 _FIRST_LAYOUTS: Final = frozenset({"unpacked", "packed", "video", "video_2d"})
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
-#: The one function jobs name. Workers look it up in an allow-list; RQ never imports it.
+#: The functions jobs name. Workers look them up in an allow-list; RQ never imports them.
 DECODE_FUNCTION: Final = "worker.handlers.decode"
+ENCODE_FUNCTION: Final = "worker.handlers.encode"
 
 
 class JobStatus(StrEnum):
@@ -61,6 +62,15 @@ TRANSITIONS: Final[Mapping[JobStatus, frozenset[JobStatus]]] = {
     JobStatus.CANCELED: frozenset({JobStatus.EXPIRED}),
     JobStatus.EXPIRED: frozenset(),
 }
+
+
+class Kind(StrEnum):
+    """What a job is for."""
+
+    #: Latents become pictures.
+    DECODE = "decode"
+    #: Pictures become latents.
+    ENCODE = "encode"
 
 
 class Output(StrEnum):
@@ -163,6 +173,9 @@ class DecodeRequest:
     allow_tiling: bool = False
     #: The job whose latents these are, when decoded again.
     source_job_id: str | None = None
+    #: What the job is for. Of an encode, `latents`, `shape` and `dtype` are those of the pixels: uint8, (B, H, W, 3) or
+    #: (B, F, H, W, 3); `layout` and `state` are those of the latents to make, `seed` that of their sampling.
+    kind: Kind = Kind.DECODE
     #: Version of this message: the least whose readers understand all of it (`needed_version`).
     schema_version: int = 1
 
@@ -190,7 +203,7 @@ class DecodeRequest:
     def needed_version(self) -> int:
         """The least schema version whose readers decode this as it is meant."""
         new = self.state is not None or any(getattr(self, name) is not None for name in FACTS)
-        return 2 if new or self.layout not in _FIRST_LAYOUTS else 1
+        return 2 if new or self.kind is not Kind.DECODE or self.layout not in _FIRST_LAYOUTS else 1
 
     @property
     def bucket(self) -> str:
@@ -204,7 +217,8 @@ class DecodeRequest:
         if self.state is not None or facts:
             bucket += f"|{self.state}|" + ",".join(f"{name}={value}" for name, value in facts.items())
         # Noise is drawn for a job as a whole: two jobs of one seed have the same noise, a batch of two has not.
-        return bucket if self.decode_timestep is None else f"{bucket}|{self.job_id}"
+        alone = self.decode_timestep is not None or self.kind is Kind.ENCODE
+        return f"{bucket}|{self.job_id}" if alone else bucket
 
     @property
     def payload_hash(self) -> str:
@@ -224,7 +238,7 @@ class DecodeRequest:
                 value = dataclasses.asdict(value)
             elif isinstance(value, tuple | Mapping):
                 value = list(value) if isinstance(value, tuple) else dict(value)
-            if value not in (None, {}):
+            if value not in (None, {}) and value is not Kind.DECODE:
                 wire[spec.name] = value
         return json.dumps(wire, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
@@ -251,6 +265,7 @@ class DecodeRequest:
             wire["priority"] = Priority(wire.get("priority", Priority.NORMAL))
             if "mode" in wire:
                 wire["mode"] = Mode(wire["mode"])
+            wire["kind"] = Kind(wire.get("kind", Kind.DECODE))
             if wire.get("state") is not None:
                 LatentState(wire["state"])
             checked_facts(wire)

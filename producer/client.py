@@ -20,12 +20,13 @@ from broker_config.errors import (
 )
 from broker_config.job_store import JobStore
 from broker_config.latent_geometry import FACTS, Geometry, LatentLayout
-from broker_config.messages import DecodeRequest
+from broker_config.messages import DecodeRequest, Kind
 from broker_config.settings import Settings, load_settings
 from broker_config.tiered_blob_store import TieredBlobStore
 from broker_config.vae_catalog import VaeCatalog
 from producer.job_handle import JobHandle
 from producer.pipelines import options_of
+from producer.pixel_input import ENCODE_OPTIONS, Pictures, build_encode_request, encode_options
 from producer.submission import DecodeOptions, build_request, checked_options, checked_state, new_job_id
 from producer.tensor_input import Latents, TensorFile, read_tensor_file, to_tensor_file
 
@@ -126,6 +127,28 @@ class DecodeClient:
         tensor = read_tensor_file(Path(path), max_bytes=self._settings.max_latents_bytes)
         return self._submit(tensor, asked, block_s=block_s)
 
+    def encode(self, pictures: Pictures, *, pipeline: Any = None, block_s: float = 0.0, **options: Any) -> JobHandle:
+        """Hands pictures over to be made into latents, normalised as the pipeline wants them; `.tensor()` has them.
+
+        Args:
+            pictures: PIL images of one size, or numpy uint8: (H, W, 3), (B, H, W, 3); of a video VAE the frames of one
+                clip, or (F, H, W, 3), (B, F, H, W, 3). Height and width must be multiples of the VAE's compression.
+            pipeline: a diffusers pipeline: tells vae, layout and state, as for `submit`.
+            block_s: while the queue is full, how long to try again.
+            options: vae, layout, state, seed (a sample of the posterior; without it, its mean), scaling_factor,
+                shift_factor, mode, priority, timeout_s, start_within_s, retention_s, metadata, allow_tiling, job_id.
+
+        Raises:
+            InvalidJob: one of its subclasses; nothing was stored.
+            JobConflict, QueueFull, BrokerUnreachable, BlobStoreUnavailable: as `submit`.
+        """
+        if pipeline is not None:
+            told = options_of(pipeline, options, catalog=self.catalog)
+            options = {name: value for name, value in told.items() if name in ENCODE_OPTIONS or name in options}
+        asked = _options(encode_options(options))
+        request, file = build_encode_request(pictures, asked, catalog=self.catalog, settings=self._settings)
+        return self._send(request, file, block_s=block_s)
+
     def redecode(self, job_id: str, /, *, block_s: float = 0.0, **options: Any) -> JobHandle:
         """Decodes the retained latents of a job again, as a new job with other options.
 
@@ -147,6 +170,8 @@ class DecodeClient:
                 f"the latents of job {job_id} are gone: their retention has ended; submit them again",
                 job_id=job_id,
             )
+        if source.kind is not Kind.DECODE:
+            raise InvalidOption(f"job {job_id} encodes pictures: there is nothing to decode again", field="job_id")
         request = self._again(source, options)
         try:
             return self._accept(request, block_s=block_s)
@@ -203,6 +228,9 @@ class DecodeClient:
 
     def _submit(self, tensor: TensorFile, options: DecodeOptions, *, block_s: float) -> JobHandle:
         request = build_request(tensor, options, catalog=self.catalog, settings=self._settings)
+        return self._send(request, tensor, block_s=block_s)
+
+    def _send(self, request: DecodeRequest, tensor: TensorFile, *, block_s: float) -> JobHandle:
         try:
             for _ in range(_SUBMIT_TRIES - 1):
                 try:

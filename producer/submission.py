@@ -132,6 +132,7 @@ def build_request(
     layout = entry.layout(options.layout, rank=len(tensor.shape))
     facts = checked_facts({name: getattr(options, name) for name in FACTS})
     state = checked_state(options, entry, layout)
+    check_noise(options)
     geometry = measure(
         layout,
         tensor.shape,
@@ -141,7 +142,7 @@ def build_request(
         num_frames=_count("num_frames", options.num_frames),
         facts=LatentFacts(**facts),
     )
-    _check_pixels(geometry, settings)
+    check_pixels(geometry, settings)
     checked = checked_options(options, entry=entry, geometry=geometry, settings=settings)
     job_id = options.job_id or new_job_id()
     sha256 = hashlib.sha256(tensor.data).hexdigest()  # the first use of `data`: the latents are copied here
@@ -162,6 +163,19 @@ def build_request(
         **checked,
     )
     return dataclasses.replace(request, schema_version=request.needed_version)
+
+
+def check_noise(options: DecodeOptions) -> None:
+    """Whether what is said of noise says all of it.
+
+    Raises:
+        InvalidOption: a fact without the one it belongs to.
+    """
+    if (options.decode_noise_scale is not None or options.seed is not None) and options.decode_timestep is None:
+        name = "seed" if options.seed is not None else "decode_noise_scale"
+        raise InvalidOption(
+            f"{name} is given without decode_timestep, and no noise is mixed in without it: give both", field=name
+        )
 
 
 def checked_state(options: DecodeOptions, entry: VaeEntry, layout: LatentLayout) -> LatentState:
@@ -188,11 +202,6 @@ def checked_state(options: DecodeOptions, entry: VaeEntry, layout: LatentLayout)
         raise InvalidOption(
             f"sigma_data is {options.sigma_data!r}, but {entry.name}'s latents are {state}: leave it out",
             field="sigma_data",
-        )
-    if (options.decode_noise_scale is not None or options.seed is not None) and options.decode_timestep is None:
-        name = "seed" if options.seed is not None else "decode_noise_scale"
-        raise InvalidOption(
-            f"{name} is given without decode_timestep, and no noise is mixed in without it: give both", field=name
         )
     return state
 
@@ -263,7 +272,12 @@ def checked_metadata(metadata: Mapping[str, str], *, max_bytes: int) -> dict[str
     return dict(metadata)
 
 
-def _check_pixels(geometry: Geometry, settings: Settings) -> None:
+def check_pixels(geometry: Geometry, settings: Settings) -> None:
+    """Whether the pictures are within the limits.
+
+    Raises:
+        PixelLimitExceeded: they are not.
+    """
     picture = geometry.height * geometry.width
     if picture > settings.max_image_px:
         raise PixelLimitExceeded(

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from broker_config.errors import WeightsMismatch
+from broker_config.errors import NonFiniteOutput, WeightsMismatch
 from broker_config.latent_geometry import LatentLayout
-from broker_config.messages import DecodeRequest, Output
+from broker_config.messages import DecodeRequest, Kind, Output
 from worker.decode import Plan, clip_frames, join_chunks, to_pixels
+from worker.encode import encode_pixels
 from worker.latent_io import dtype_name
 from worker.latent_layouts import scaling_of
 from worker.memory_ladder import How, Rung, tiled
-from worker.numerical_safety import finite_chunks
+from worker.numerical_safety import finite_chunks, is_finite
 from worker.stages import ChunkStream, HostChunk, Timer, Work
 from worker.vae_pool import LoadedVae
 
@@ -120,11 +121,24 @@ class BatchDecoder:
         for work in works:
             mode = str(work.request.mode or self._default_mode)
             work.decoded_by = facts_of(vae, mode=mode, shared=len(works), how=how)
+        run = self._encode if works[0].request.kind is Kind.ENCODE else self._run
         if how.rung is Rung.TILED:
             with tiled(vae.module):
-                self._run(vae, works, latents, plan, how)
+                run(vae, works, latents, plan, how)
         else:
-            self._run(vae, works, latents, plan, how)
+            run(vae, works, latents, plan, how)
+
+    def _encode(self, vae: LoadedVae, works: Sequence[Work], pixels: torch.Tensor, plan: Plan, how: How) -> None:
+        """One job, the other way round; encodes are alone in their bucket."""
+        (work,) = works
+        with Timer() as timer:
+            latents = encode_pixels(
+                vae.module, pixels, plan, seed=work.request.seed, items_per_call=how.items_per_call
+            ).cpu()
+        if not is_finite(latents):
+            raise NonFiniteOutput(f"the latents have NaN or Inf in {dtype_name(vae.dtype)}: load the VAE in float32")
+        work.timings_s["decode"] = timer.s
+        self._give(work, [HostChunk(latents)])
 
     def _run(self, vae: LoadedVae, works: Sequence[Work], latents: torch.Tensor, plan: Plan, how: How) -> None:
         def note(before: int) -> None:

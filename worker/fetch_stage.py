@@ -151,9 +151,9 @@ class FetchStage:
 
     def _read(self, claim: Claim) -> Work | None:
         try:
-            if handlers.kind_of(claim.rq_data) != "decode":
-                raise UnsupportedMessage("this worker decodes only")
             request = DecodeRequest.from_wire(claim.message)
+            if handlers.kind_of(claim.rq_data) != request.kind:
+                raise UnsupportedMessage(f"the job's function is not that of a message of kind {request.kind}")
             with Timer() as timer:
                 data = self._patience.repeat(lambda: self._blobs.get(request.latents))
                 latents: torch.Tensor = read_latents(data, shape=request.shape, dtype=request.dtype)

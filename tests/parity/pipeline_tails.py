@@ -11,6 +11,7 @@ import ast
 import functools
 import importlib
 import inspect
+import re
 import sys
 import textwrap
 import warnings
@@ -24,7 +25,7 @@ import numpy.typing as npt
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
-from diffusers.image_processor import PixArtImageProcessor, VaeImageProcessor
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.video_processor import VideoProcessor
 
 PIPELINES_FOLDER = Path(diffusers.__path__[0]) / "pipelines"
@@ -160,13 +161,10 @@ def _bare(kind: type, vae: Any, attributes: dict[str, Any]) -> Any:
         {"_execution_device": torch.device("cpu"), "run_safety_checker": no_checker, "components": {}},
     )
     pipeline: Any = bare.__new__(bare)
-    source = inspect.getsource(kind)
-    if "video_processor" in source and "VideoProcessor(" in source:
-        processor: Any = VideoProcessor(vae_scale_factor=8)
-    elif "PixArtImageProcessor(" in source:
-        processor = PixArtImageProcessor(vae_scale_factor=8)
-    else:
-        processor = VaeImageProcessor(vae_scale_factor=8)
+    named = re.findall(r"self\.(?:image|video)_processor = (\w+Processor)\(", inspect.getsource(kind))
+    known = [getattr(sys.modules[kind.__module__], name) for name in named]
+    video = [item for item in known if issubclass(item, VideoProcessor)]
+    processor = (*video, *known, VaeImageProcessor)[0](vae_scale_factor=8)
     defaults = {
         "_internal_dict": FrozenDict({}),
         "vae": vae,
@@ -216,3 +214,18 @@ class _without(ast.NodeTransformer):
 def _without_returns(statement: ast.stmt) -> ast.stmt:
     visited: ast.stmt = _without().visit(statement)
     return visited
+
+
+def run_lines(name: str, first: str, last: str, **variables: Any) -> dict[str, Any]:
+    """Runs the lines of a pipeline's `__call__` from the one that contains `first` to the one that contains `last`.
+
+    Returns the variables afterwards.
+    """
+    kind = load(name)
+    lines = inspect.getsource(inspect.unwrap(kind.__call__)).splitlines()
+    start = next(number for number, line in enumerate(lines) if first in line)
+    end = next(number for number, line in enumerate(lines) if last in line and number >= start)
+    known = {**vars(sys.modules[kind.__module__]), **variables}
+    with torch.no_grad():
+        exec(textwrap.dedent("\n".join(lines[start : end + 1])), known)
+    return known

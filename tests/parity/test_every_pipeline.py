@@ -63,8 +63,7 @@ def test_every_class_that_offers_latents_is_taken_or_excepted_by_name_with_a_rea
 
 #: Rows and columns of latents: not square, and no multiple of four.
 ROWS, COLUMNS, FRAMES = 6, 10, 3
-#: Classes that decode inside their loop, so that their last lines only postprocess: whole pipelines of them are in
-#: test_families.py.
+#: Classes that decode inside their loop, so that their last lines only postprocess: they have tests of their own below.
 IN_THEIR_LOOP = ("HeliosPipeline", "HeliosPyramidPipeline", "WanAnimatePipeline", "Cosmos2_5_TransferPipeline")
 
 
@@ -103,6 +102,7 @@ def tail_of(name: str, vae: Any) -> Tail:
         "packed": (batch, tokens, token),
         "packed_frame": (batch, tokens, token),
         "video": (batch, channels, frames, rows, columns),
+        "video_chunks": (batch, channels, frames, rows, columns),
         "video_channels_last": (batch, channels, frames, rows, columns),
         "video_2d": (batch, channels, frames, rows, columns),
         "frames_2d": (batch, frames, channels, rows, columns),
@@ -340,7 +340,7 @@ OWN: dict[str, Callable[[Tail, Any], Tail]] = {
     "HunyuanVideo15Pipeline": half,
     "HunyuanVideo15ImageToVideoPipeline": half,
     "WanVACEPipeline": lambda tail, vae: replace(
-        tail, known=tail.known | {"num_reference_images": 1}, given={"additional_frames": 1}
+        tail, known=tail.known | {"num_reference_images": 1, "vae_dtype": torch.float32}, given={"additional_frames": 1}
     ),
     "BriaPipeline": with_known(self_vae_scale_factor=16),  # pipeline_bria.py __init__: 2 ** len(block_out_channels)
     "AllegroPipeline": with_given(num_frames=21),  # of the 24 that 6 latent frames become
@@ -507,3 +507,65 @@ def test_bria_fibo_with_patches(vaes: Callable[[str], Any]) -> None:
     made, made_pixels = our_way(name, vae, latents, tail)
     assert torch.equal(made, expected)
     assert np.array_equal(made_pixels, pixels)
+
+
+# Pipelines that decode inside their loop -------------------------------------------------------------------------
+
+
+def test_wan_animate_hands_out_what_it_decodes_without_the_reference_frame(vaes: Callable[[str], Any]) -> None:
+    vae, name = vaes("wan-animate"), "WanAnimatePipeline"
+    latents = torch.randn((2, 16, FRAMES, ROWS, COLUMNS), generator=torch.Generator().manual_seed(5))
+    after = tails.run_lines(
+        name,
+        "latents = latents.to(self.vae.dtype)",
+        "out_frames = self.vae.decode",
+        self=SimpleNamespace(vae=vae),
+        latents=latents,
+    )
+    made, _ = our_way(name, vae, after["latents"], tail_of(name, vae))
+    assert torch.equal(made, after["out_frames"])
+
+
+def test_a_clip_of_one_chunk_of_cosmos_transfer(vaes: Callable[[str], Any]) -> None:
+    vae, name = vaes("cosmos25"), "Cosmos2_5_TransferPipeline"
+    statistics = [torch.tensor(values).view(1, 16, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)]
+    known = tails.run_lines(
+        name,
+        "latents_mean = self.latents_mean.to(dtype=vae_dtype",
+        "return video",
+        self=SimpleNamespace(vae=vae, latents_mean=statistics[0], latents_std=statistics[1]),
+        vae_dtype=torch.float32,
+        device="cpu",
+    )
+    latents = torch.randn((2, 16, FRAMES, ROWS, COLUMNS), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = known["decode_latents"](latents)
+    made, _ = our_way(name, vae, latents, tail_of(name, vae))
+    assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize("name", ["HeliosPipeline", "HeliosPyramidPipeline"])
+def test_helios_decodes_each_chunk_afresh(name: str, vaes: Callable[[str], Any]) -> None:
+    vae, each = vaes("helios"), 2
+    latents = torch.randn((2, 16, 3 * each, ROWS, COLUMNS), generator=torch.Generator().manual_seed(5))
+    shape = (1, 16, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean).view(shape)
+    history = None
+    for end in range(each, 3 * each + 1, each):
+        after = tails.run_lines(
+            name,
+            "current_latents = (",
+            "history_video = torch.cat([history_video, current_video], dim=2)",
+            self=SimpleNamespace(vae=vae),
+            real_history_latents=latents[:, :, :end],
+            num_latent_frames_per_chunk=each,
+            vae_dtype=torch.float32,
+            latents_mean=mean,
+            latents_std=1.0 / torch.tensor(vae.config.latents_std).view(shape),
+            history_video=history,
+        )
+        history = after["history_video"]
+    tail = tail_of(name, vae)
+    made, _ = our_way(name, vae, latents, replace(tail, given={"frames_per_call": each}))
+    generated = (history.shape[2] - 1) // 4 * 4 + 1  # pipeline_helios.py __call__
+    assert torch.equal(made, history[:, :, :generated])

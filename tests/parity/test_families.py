@@ -308,6 +308,7 @@ def references(family_catalog: Path, pipelines_importable: None) -> Iterator[Cal
     made.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # schedulers, with numpy 2
 @pytest.mark.parametrize("name", CASES)
 def test_a_worker_sends_back_what_the_pipeline_would_have_returned(
     name: str, references: Callable[[str], Reference], families: Serving

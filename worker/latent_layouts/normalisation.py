@@ -96,7 +96,7 @@ def _scaled(latents: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     `__call__` (latents_mean, latents_std); pipelines/ltx/pipeline_ltx.py `_denormalize_latents`.
     """
     if scaling.mean is not None and scaling.std is not None:
-        mean, std = _like(scaling.mean, latents), _like(scaling.std, latents)
+        mean, std = like(scaling.mean, latents), like(scaling.std, latents)
         return latents * std / scaling.scaling_factor + mean
     latents = latents / scaling.scaling_factor
     # pipeline_flux adds the factor also where it is 0; adding 0 changes no bit but the sign of zero.
@@ -114,7 +114,7 @@ def _reciprocal(latents: torch.Tensor, scaling: Scaling) -> torch.Tensor:
 
 def _scaled_first(latents: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     """`z / scaling_factor · std + mean`. Source: pipelines/sana_wm/pipeline_sana_wm.py `_decode_latents`."""
-    mean, std = _needed(latents, scaling)
+    mean, std = needed_statistics(latents, scaling)
     return latents / scaling.scaling_factor * std + mean
 
 
@@ -124,7 +124,7 @@ def _standardised(latents: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     Sources: pipelines/glm_image/pipeline_glm_image.py `__call__`; pipelines/motif_video/pipeline_motif_video.py
     `_denormalize_latents`; pipelines/qwenimage21/pipeline_qwenimage21.py `__call__`.
     """
-    mean, std = _needed(latents, scaling)
+    mean, std = needed_statistics(latents, scaling)
     return latents * std + mean
 
 
@@ -136,7 +136,7 @@ def _standardised_inverse(latents: torch.Tensor, scaling: Scaling) -> torch.Tens
     """
     if scaling.mean is None:
         return latents
-    mean, std = _needed(latents, scaling)
+    mean, std = needed_statistics(latents, scaling)
     return latents / (1.0 / std) + mean
 
 
@@ -148,14 +148,14 @@ def _sigma(latents: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     assert scaling.sigma_data is not None, "checked at submit"
     if scaling.mean is None:
         return latents / scaling.sigma_data
-    mean, std = _needed(latents, scaling)
+    mean, std = needed_statistics(latents, scaling)
     return latents * std / scaling.sigma_data + mean
 
 
 def _sigma_inverse(latents: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     """`z / (1 / std) / sigma_data + mean`. Source: pipelines/cosmos/pipeline_cosmos2_text2image.py `__call__`."""
     assert scaling.sigma_data is not None, "checked at submit"
-    mean, std = _needed(latents, scaling)
+    mean, std = needed_statistics(latents, scaling)
     return latents / (1.0 / std) / scaling.sigma_data + mean
 
 
@@ -163,20 +163,20 @@ def _batch_norm(latents: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     """`z · sqrt(var + eps) + mean`. Source: pipelines/flux2/pipeline_flux2.py `__call__`."""
     mean, var = _batch_norm_of(scaling)
     std = torch.sqrt(var + scaling.bn_eps)
-    return latents * _like(std, latents) + _like(mean, latents)
+    return latents * like(std, latents) + like(mean, latents)
 
 
 def _batch_norm_1e5(latents: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     """As `_batch_norm`, eps 1e-5. Source: pipelines/ernie_image/pipeline_ernie_image.py `__call__`."""
     mean, var = _batch_norm_of(scaling)
-    return latents * _like(torch.sqrt(var + _ERNIE_EPS), latents) + _like(mean, latents)
+    return latents * like(torch.sqrt(var + _ERNIE_EPS), latents) + like(mean, latents)
 
 
 def _batch_norm_inverse(latents: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     """`z / (1 / sqrt(var + eps)) + mean`. Source: pipelines/bria_fibo2/pipeline_bria_fibo2.py `__call__`."""
     mean, var = _batch_norm_of(scaling)
     inverse = 1 / torch.sqrt(var + scaling.bn_eps)
-    return latents / _like(inverse, latents) + _like(mean, latents)
+    return latents / like(inverse, latents) + like(mean, latents)
 
 
 def _denormalised(latents: torch.Tensor, scaling: Scaling) -> torch.Tensor:
@@ -208,13 +208,18 @@ def _statistics(vae: Any, name: str) -> torch.Tensor | None:
     return buffers.get(name)
 
 
-def _needed(latents: torch.Tensor, scaling: Scaling) -> tuple[torch.Tensor, torch.Tensor]:
+def needed_statistics(latents: torch.Tensor, scaling: Scaling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std, shaped like `latents`.
+
+    Raises:
+        InvalidOption: the VAE has none.
+    """
     if scaling.mean is None or scaling.std is None:
         raise InvalidOption(
             "state goes by latents_mean and latents_std, which this VAE's config lacks: check `state` and `vae`",
             field="state",
         )
-    return _like(scaling.mean, latents), _like(scaling.std, latents)
+    return like(scaling.mean, latents), like(scaling.std, latents)
 
 
 def _batch_norm_of(scaling: Scaling) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,7 +228,7 @@ def _batch_norm_of(scaling: Scaling) -> tuple[torch.Tensor, torch.Tensor]:
     return scaling.bn_mean, scaling.bn_var
 
 
-def _like(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+def like(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """(C,) → (1, C, 1, …), in the dtype and on the device of `latents`.
 
     Statistics of each latent frame (Cosmos 1), (C·frames,) → (1, C, f, 1, 1): those of the first f.
