@@ -89,9 +89,7 @@ class DecodeClient:
         with broker_errors(self._connections.url):
             self._connections.commands.ping()
 
-    def submit(
-        self, latents: Latents, *, pipeline: Any = None, block_s: float = 0.0, **options: Any
-    ) -> JobHandle:
+    def submit(self, latents: Latents, *, pipeline: Any = None, block_s: float = 0.0, **options: Any) -> JobHandle:
         """Hands latents over; when this returns, they cannot be lost.
 
         Args:

@@ -57,13 +57,17 @@ def _cogvideox(pipeline: Any) -> str:
 
 def _prx(pipeline: Any) -> str:
     """PRX comes with FLUX.1's VAE or with a deep-compression one of 32 channels."""
-    channels = config_of(pipeline, "vae").get("latent_channels") or config_of(pipeline, "transformer").get("in_channels")
+    channels = config_of(pipeline, "vae").get("latent_channels") or config_of(pipeline, "transformer").get(
+        "in_channels"
+    )
     return "prx-dc" if channels == 32 else "prx"
 
 
 def _sana_video(pipeline: Any) -> str:
     """SANA-Video comes with Wan's VAE or with LTX-2's."""
-    channels = config_of(pipeline, "vae").get("latent_channels") or config_of(pipeline, "transformer").get("in_channels")
+    channels = config_of(pipeline, "vae").get("latent_channels") or config_of(pipeline, "transformer").get(
+        "in_channels"
+    )
     return "sana-video-ltx2" if channels == 128 else "sana-video"
 
 
@@ -107,13 +111,14 @@ PIPELINES: Final[Mapping[str, PipelineEntry]] = {
     **_of(
         "StableDiffusion StableDiffusionImg2Img StableDiffusionInpaint StableDiffusionInstructPix2Pix "
         "StableDiffusionDepth2Img StableDiffusionImageVariation StableDiffusionLatentUpscale StableUnCLIP "
-        "StableUnCLIPImg2Img StableDiffusionControlNet StableDiffusionControlNetImg2Img StableDiffusionControlNetInpaint "
-        "StableDiffusionControlNetXS StableDiffusionControlNetPAG StableDiffusionControlNetPAGInpaint StableDiffusionPAG "
-        "StableDiffusionPAGImg2Img StableDiffusionPAGInpaint LatentConsistencyModel LatentConsistencyModelImg2Img "
-        "AltDiffusion AltDiffusionImg2Img CycleDiffusion PaintByExample SemanticStableDiffusion "
-        "StableDiffusionAttendAndExcite StableDiffusionDiffEdit StableDiffusionGLIGEN StableDiffusionGLIGENTextImage "
-        "StableDiffusionModelEditing StableDiffusionPanorama StableDiffusionParadigms StableDiffusionPix2PixZero "
-        "StableDiffusionSAG VersatileDiffusionDualGuided VersatileDiffusionImageVariation VersatileDiffusionTextToImage",
+        "StableUnCLIPImg2Img StableDiffusionControlNet StableDiffusionControlNetImg2Img "
+        "StableDiffusionControlNetInpaint StableDiffusionControlNetXS StableDiffusionControlNetPAG "
+        "StableDiffusionControlNetPAGInpaint StableDiffusionPAG StableDiffusionPAGImg2Img "
+        "StableDiffusionPAGInpaint LatentConsistencyModel LatentConsistencyModelImg2Img AltDiffusion "
+        "AltDiffusionImg2Img CycleDiffusion PaintByExample SemanticStableDiffusion StableDiffusionAttendAndExcite "
+        "StableDiffusionDiffEdit StableDiffusionGLIGEN StableDiffusionGLIGENTextImage StableDiffusionModelEditing "
+        "StableDiffusionPanorama StableDiffusionParadigms StableDiffusionPix2PixZero StableDiffusionSAG "
+        "VersatileDiffusionDualGuided VersatileDiffusionImageVariation VersatileDiffusionTextToImage",
         "sd",
         Layout.UNPACKED,
     ),

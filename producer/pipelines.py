@@ -4,8 +4,8 @@
 pipeline may have been loaded with `vae=None`, and nothing of diffusers or torch is imported here. An option the caller
 names wins over what is read off.
 
-Not part of what the VAE returns, and so left to the caller: watermarks, safety checkers, and the overlay that inpainting
-pipelines lay over a crop (`padding_mask_crop`).
+Not part of what the VAE returns, and so left to the caller: watermarks, safety checkers, and the overlay that
+inpainting pipelines lay over a crop (`padding_mask_crop`).
 """
 
 from __future__ import annotations

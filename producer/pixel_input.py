@@ -1,6 +1,6 @@
 """A caller's pictures, PIL or numpy, to a checked request that makes latents of them.
 
-The other half of `submission.py`, with the same rule: everything that can be refused is refused before anything is sent.
+The other half of `submission.py`, with the same rule: what can be refused is refused before anything is sent.
 """
 
 from __future__ import annotations
@@ -72,7 +72,11 @@ def to_pixel_array(pictures: Pictures) -> npt.NDArray[np.uint8]:
         if pictures.dtype != np.uint8:
             raise InvalidDtype(f"pictures are {pictures.dtype}, expected uint8: 0 to 255", field="pictures")
         return pictures
-    if not isinstance(pictures, Sequence) or not pictures or not all(isinstance(item, Image.Image) for item in pictures):
+    if (
+        not isinstance(pictures, Sequence)
+        or not pictures
+        or not all(isinstance(item, Image.Image) for item in pictures)
+    ):
         raise InvalidOption("pictures are neither PIL images nor a numpy array of uint8", field="pictures")
     sizes = {item.size for item in pictures}
     if len(sizes) > 1:
@@ -111,7 +115,9 @@ def build_encode_request(
         )
     dense = np.ascontiguousarray(pixels)
     file = TensorFile(dtype="uint8", shape=dense.shape, raw=lambda: dense.reshape(-1).data)
-    facts = checked_facts({name: getattr(options, name) for name in ("seed", "vae_class", "vae_config", "vae_revision")})
+    facts = checked_facts(
+        {name: getattr(options, name) for name in ("seed", "vae_class", "vae_config", "vae_revision")}
+    )
     checked = checked_options(
         dataclasses.replace(options, output=str(Output.TENSOR)), entry=entry, geometry=geometry, settings=settings
     )

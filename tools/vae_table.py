@@ -1,7 +1,7 @@
 """Writes the generated tables of docs/vaes.md: which families there are, and which pipelines they serve.
 
-    python -m tools.vae_table          writes them
-    python -m tools.vae_table --check  says whether they are current, and exits with 1 if not
+python -m tools.vae_table          writes them
+python -m tools.vae_table --check  says whether they are current, and exits with 1 if not
 """
 
 from __future__ import annotations

@@ -184,7 +184,11 @@ class BatchDecoder:
             while True:
                 with Timer() as timer:
                     chunk = next(chunks, None)
-                    host = None if chunk is None else self._copier.start(to_pixels(clip_frames(chunk, plan), unit=plan.imagenet))
+                    host = (
+                        None
+                        if chunk is None
+                        else self._copier.start(to_pixels(clip_frames(chunk, plan), unit=plan.imagenet))
+                    )
                 if host is None:
                     break
                 spent_s += timer.s

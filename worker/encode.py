@@ -50,8 +50,10 @@ def to_vae_values(pixels: torch.Tensor) -> torch.Tensor:
     Source: image_processor.py `VaeImageProcessor.preprocess`: `pil_to_numpy` (x / 255), `normalize` (2·x - 1).
     """
     values = 2.0 * (pixels.to(torch.float32) / 255.0) - 1.0
-    # B, H, W, 3 → B, 3, H, W; B, F, H, W, 3 → B, 3, F, H, W
-    return values.movedim(-1, 1).contiguous()
+    # B, H, W, 3 → B, 3, H, W; B, F, H, W, 3 → B, 3, F, H, W. Pictures keep the strides of channels last, as
+    # `numpy_to_pt` leaves them, for which convolutions have other kernels; `preprocess_video` stacks its frames anew.
+    values = values.movedim(-1, 1)
+    return values.contiguous() if values.ndim == 5 else values
 
 
 def normalise(latents: torch.Tensor, scaling: Scaling, state: LatentState) -> torch.Tensor:

@@ -135,11 +135,17 @@ class VaePool:
         size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
         if entry.tiled:
             module.enable_tiling()
+        digest = config_digest(module.config)  # of the module: what the file leaves out has the class's default
+        if entry.config_digest not in (None, digest):
+            raise WeightsMismatch(
+                f"the config of VAE {entry.name} has digest {digest}, the catalogue says {entry.config_digest}",
+                field="config_digest",
+            )
         weights = {
             "weights": entry.weights,
             "sha256": _digest(folder),
             "class": str(config["_class_name"]),
-            "config": config_digest(module.config),
+            "config": digest,
         }
         if revision:
             weights["revision"] = revision
@@ -225,12 +231,6 @@ def _checked_config(entry: VaeEntry, folder: Path) -> Mapping[str, Any]:
         raise WeightsMismatch(
             f"the weights of VAE {entry.name} are of class {found}, the catalogue says {entry.vae_class}",
             field="vae_class",
-        )
-    if entry.config_digest is not None and entry.config_digest != config_digest(config):
-        raise WeightsMismatch(
-            f"the config of VAE {entry.name} has digest {config_digest(config)}, the catalogue says "
-            f"{entry.config_digest}",
-            field="config_digest",
         )
     channels = config.get("latent_channels") or config.get("z_dim")
     if channels is not None and channels != entry.channels:

@@ -223,7 +223,8 @@ def _video_chunks(shape: Sequence[int], vae: Compression, asked: Asked) -> Geome
     latent_frames, each = shape[2], asked.need("frames_per_call", shape)
     if latent_frames % each:
         raise InvalidSize(
-            f"frames_per_call is {each}, but {latent_frames} latent frames are no multiple of it", field="frames_per_call"
+            f"frames_per_call is {each}, but {latent_frames} latent frames are no multiple of it",
+            field="frames_per_call",
         )
     made = _video((*shape[:2], each, *shape[3:]), vae, dataclasses.replace(asked, num_frames=None))
     frames = latent_frames // each * made.num_frames
@@ -295,8 +296,8 @@ def _check_facts(layout: LatentLayout, facts: LatentFacts) -> None:
     for name, layouts in _USES.items():
         if getattr(facts, name) and layout not in layouts:
             raise InvalidOption(
-                f"{name} is {getattr(facts, name)}, but layout {layout} has no use for it; {', '.join(sorted(layouts))} "
-                "have: leave it out, or name the layout",
+                f"{name} is {getattr(facts, name)}, but layout {layout} has no use for it; "
+                f"{', '.join(sorted(layouts))} have: leave it out, or name the layout",
                 field=name,
             )
 

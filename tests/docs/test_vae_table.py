@@ -1,4 +1,4 @@
-"""The tables of docs/vaes.md are what the catalogue and the table of pipelines say, and no family goes without a test."""
+"""The tables of docs/vaes.md are what the catalogue and the table of pipelines say; no family goes without a test."""
 
 from __future__ import annotations
 

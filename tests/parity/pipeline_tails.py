@@ -104,7 +104,10 @@ def run_tail(
         "padding_mask_crop": None,
         "has_nsfw_concept": None,
         "num_channels_latents": start.shape[-1],
-        **{name: SimpleNamespace(dtype=start.dtype) for name in ("prompt_embeds", "text_embeddings", "image_embeddings")},
+        **{
+            name: SimpleNamespace(dtype=start.dtype)
+            for name in ("prompt_embeds", "text_embeddings", "image_embeddings")
+        },
         **{key: value for key, value in known.items() if not key.startswith("self_")},
     }
     module = sys.modules[kind.__module__]
@@ -125,7 +128,9 @@ def run_tail(
         if caught.given.ndim == 5
         else pictures.postprocess(caught.given, output_type="pil")
     )
-    pixels = [np.stack([np.asarray(frame) for frame in item]) if isinstance(item, list) else np.asarray(item) for item in made]
+    pixels = [
+        np.stack([np.asarray(frame) for frame in item]) if isinstance(item, list) else np.asarray(item) for item in made
+    ]
     return caught.given, np.stack(pixels)
 
 
@@ -141,7 +146,7 @@ def _note_decodes(vae: Any, notes: list[torch.Tensor]) -> None:
 
 
 def _postprocessed_by_itself(variables: dict[str, Any]) -> tuple[torch.Tensor, npt.NDArray[np.uint8]]:
-    """Of pipelines with a `decode_latents` that returns numpy in [0, 1]: made into PIL pictures by themselves or not."""
+    """Of pipelines with a `decode_latents` that returns numpy in [0, 1], made into PIL pictures or not."""
     (decoded,) = variables["_decoded"]
     pictures = variables["image"]
     if isinstance(pictures, np.ndarray):
@@ -162,7 +167,8 @@ def _bare(kind: type, vae: Any, attributes: dict[str, Any]) -> Any:
     )
     pipeline: Any = bare.__new__(bare)
     named = re.findall(r"self\.(?:image|video)_processor = (\w+Processor)\(", inspect.getsource(kind))
-    known = [getattr(sys.modules[kind.__module__], name) for name in named]
+    module = sys.modules[kind.__module__]
+    known = [getattr(module, name) for name in named if hasattr(module, name)]
     video = [item for item in known if issubclass(item, VideoProcessor)]
     processor = (*video, *known, VaeImageProcessor)[0](vae_scale_factor=8)
     defaults = {

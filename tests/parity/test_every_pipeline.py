@@ -385,9 +385,7 @@ OWN: dict[str, Callable[[Tail, Any], Tail]] = {
 # Ours --------------------------------------------------------------------------------------------------------
 
 
-def our_way(
-    name: str, vae: Any, latents: torch.Tensor, tail: Tail
-) -> tuple[torch.Tensor, npt.NDArray[np.uint8]]:
+def our_way(name: str, vae: Any, latents: torch.Tensor, tail: Tail) -> tuple[torch.Tensor, npt.NDArray[np.uint8]]:
     """From a caller's latents and pipeline to what a worker makes of them: the tensor, and the pixels."""
     catalog, settings = VaeCatalog.load(), load_settings(_env_file=None)
     parts = {key[5:]: value for key, value in tail.known.items() if key.startswith("self_")}
@@ -528,7 +526,9 @@ def test_wan_animate_hands_out_what_it_decodes_without_the_reference_frame(vaes:
 
 def test_a_clip_of_one_chunk_of_cosmos_transfer(vaes: Callable[[str], Any]) -> None:
     vae, name = vaes("cosmos25"), "Cosmos2_5_TransferPipeline"
-    statistics = [torch.tensor(values).view(1, 16, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)]
+    statistics = [
+        torch.tensor(values).view(1, 16, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    ]
     known = tails.run_lines(
         name,
         "latents_mean = self.latents_mean.to(dtype=vae_dtype",

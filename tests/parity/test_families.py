@@ -1,4 +1,4 @@
-"""Whole pipelines of each group of layouts, through the queue: what a worker sends back is what they would have returned.
+"""Whole pipelines of each group of layouts, through the queue: a worker sends back what they would have returned.
 
 Given a diffusers pipeline with a tiny VAE; when it is called once for latents and once more, with the same seed, for
 pictures; and the latents are submitted with `pipeline=`; then tensor and pixels that come back are the second call's.
@@ -20,7 +20,7 @@ import torch
 
 from broker_config.vae_catalog import VaeCatalog
 from tests.parity.test_remote_vae_families import _pixels, _vae
-from tests.parity.whole_pipelines import COLUMNS, ROWS, Denoiser, Whole, build, call, diffusers_class, mask, text
+from tests.parity.whole_pipelines import COLUMNS, ROWS, Whole, build, call, diffusers_class, mask, text
 from tests.support.serving import Serving, serving
 from tests.support.tiny_families import write_family_catalog
 

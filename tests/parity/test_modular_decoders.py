@@ -46,7 +46,12 @@ def randn(*shape: int) -> torch.Tensor:
 
 
 def arrays(pictures: Any) -> npt.NDArray[np.uint8]:
-    return np.stack([np.stack([np.asarray(frame) for frame in item]) if isinstance(item, list) else np.asarray(item) for item in pictures])
+    return np.stack(
+        [
+            np.stack([np.asarray(frame) for frame in item]) if isinstance(item, list) else np.asarray(item)
+            for item in pictures
+        ]
+    )
 
 
 @pytest.fixture
@@ -75,7 +80,9 @@ def test_flux3(vae_of: Callable[[str], Any]) -> None:
 @pytest.mark.parametrize("frames", [3, 5, 7])
 def test_minimax_h3(frames: int, vae_of: Callable[[str], Any]) -> None:
     vae, latents = vae_of("minimax-h3"), randn(1, 24, frames, ROWS, COLUMNS)
-    pipeline = importlib.import_module("diffusers.modular_pipelines.minimax_h3.modular_pipeline").MiniMaxH3ModularPipeline
+    pipeline = importlib.import_module(
+        "diffusers.modular_pipelines.minimax_h3.modular_pipeline"
+    ).MiniMaxH3ModularPipeline
     components = SimpleNamespace(
         vae=vae,
         video_processor=VideoProcessor(vae_scale_factor=16, do_normalize=False),
@@ -114,6 +121,27 @@ def test_a_preview_is_the_tiny_decoder_on_the_pipelines_own_latents(name: str, v
     vae, latents = vae_of(name), randn(2, 4, ROWS, COLUMNS)
     expected, expected_pixels = tails.run_tail(tails.load("StableDiffusionPipeline"), vae, latents)
     made, pixels = ours(name, vae, latents)
+    assert torch.equal(made, expected)
+    assert np.array_equal(pixels, expected_pixels)
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline", "shape", "size"),
+    [
+        ("sdxl-original", "StableDiffusionXLPipeline", (2, 4, ROWS, COLUMNS), {}),
+        ("playground", "StableDiffusionXLPipeline", (2, 4, ROWS, COLUMNS), {}),
+        ("prx-dc", "PRXPipeline", (1, 32, 3, 4), {"height": 90, "width": 120}),
+    ],
+)
+def test_the_second_vae_of_a_pipeline(
+    name: str, pipeline: str, shape: tuple[int, ...], size: dict[str, int], vae_of: Callable[[str], Any]
+) -> None:
+    tails = importlib.import_module("tests.parity.pipeline_tails")
+    vae, latents = vae_of(name), randn(*shape)
+    binning = {"orig_height": size.get("height"), "orig_width": size.get("width")}
+    known = {"use_resolution_binning": bool(size), **binning}
+    expected, expected_pixels = tails.run_tail(tails.load(pipeline), vae, latents, **known)
+    made, pixels = ours(name, vae, latents, **size)
     assert torch.equal(made, expected)
     assert np.array_equal(pixels, expected_pixels)
 

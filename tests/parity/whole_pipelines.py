@@ -1,8 +1,8 @@
 """Whole diffusers pipelines around tiny VAEs, and what each wants to be called with.
 
 Everything between the call and the pictures is diffusers' own, but for two parts a pipeline gets handed: the VAE, tiny
-and random, and the denoiser, which stands in for a transformer of billions of weights. What it predicts does not matter:
-what comes of it must be decoded alike on both ways.
+and random, and the denoiser, which stands in for a transformer of billions of weights. What it predicts does not
+matter: what comes of it must be decoded alike on both ways.
 """
 
 from __future__ import annotations

@@ -243,7 +243,9 @@ def wire_of(**changes: Any) -> bytes:
 
 @pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 999])
 def test_a_newer_version_is_told_apart_and_says_to_upgrade(version: int) -> None:
-    with pytest.raises(UnsupportedMessage, match=f"schema_version is {version}.* up to {SCHEMA_VERSION}: upgrade") as refusal:
+    with pytest.raises(
+        UnsupportedMessage, match=f"schema_version is {version}.* up to {SCHEMA_VERSION}: upgrade"
+    ) as refusal:
         DecodeRequest.from_wire(wire_of(schema_version=version))
     assert refusal.value.code == "unsupported_message"
 

@@ -166,9 +166,7 @@ def test_a_job_that_stays_nan_fails_with_its_own_code_and_sends_no_picture(
     assert refusal.value.error_code == "output_not_finite"
 
 
-def test_a_clip_that_overflows_late_fails_nothing_and_has_every_frame(
-    client: DecodeClient, settings: Settings
-) -> None:
+def test_a_clip_that_overflows_late_fails_nothing_and_has_every_frame(client: DecodeClient, settings: Settings) -> None:
     running = ThreadWorker(settings, dtype="float16")
     overflow(running)
     clip = np.concatenate([latents(0.01).numpy()[:, :, None]] * 18 + [latents(20.0).numpy()[:, :, None]] * 2, axis=2)

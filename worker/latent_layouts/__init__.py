@@ -2,7 +2,8 @@
 
 Each function follows the lines of the diffusers pipeline it names, in the same order of operations, so that
 float32 results are equal bit for bit. `normalisation` undoes what latents were multiplied by, `tokens` unpacks
-sequences, `frames` moves frames and channels about, `plan` says what a decode needs to know, `table` puts them together.
+sequences, `frames` moves frames and channels about, `plan` says what a decode needs to know, `table` puts them
+together.
 
 Shapes: B batch, C latent channels, F frames, f latent frames, h × w latent size, p patch size, H × W pixels.
 """

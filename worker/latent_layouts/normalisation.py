@@ -131,8 +131,8 @@ def _standardised(latents: torch.Tensor, scaling: Scaling) -> torch.Tensor:
 def _standardised_inverse(latents: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     """`z / (1 / std) + mean`.
 
-    Sources: pipelines/wan/pipeline_wan.py `__call__`; pipelines/qwenimage/pipeline_qwenimage.py `__call__`. Sana-Video's
-    third branch (a VAE without statistics) divides by one and adds zero.
+    Sources: pipelines/wan/pipeline_wan.py `__call__`; pipelines/qwenimage/pipeline_qwenimage.py `__call__`.
+    Sana-Video's third branch (a VAE without statistics) divides by one and adds zero.
     """
     if scaling.mean is None:
         return latents
