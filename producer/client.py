@@ -95,8 +95,9 @@ class DecodeClient:
         Args:
             latents: torch tensor (float16, bfloat16, float32; any device, any strides) or numpy array (float16,
                 float32), laid out as the pipeline returned them.
-            pipeline: the diffusers pipeline that made them, with or without its VAE: tells vae, layout, state and the
-                facts that go with them (`producer/pipelines.py`). Options named beside it win.
+            pipeline: the diffusers pipeline that made them, with or without its VAE, or the name of its class: tells
+                vae, layout, state and the facts that go with them (`producer/pipelines.py`). Options named beside it
+                win.
             block_s: while the queue is full, how long to try again.
             options: fields of `DecodeOptions`: vae, layout, height, width, num_frames, fps, output, mode, priority,
                 timeout_s, start_within_s, retention_s, scaling_factor, shift_factor, metadata, provenance, job_id.
@@ -115,12 +116,14 @@ class DecodeClient:
         tensor = to_tensor_file(latents, max_bytes=self._settings.max_latents_bytes)
         return self._submit(tensor, asked, block_s=block_s)
 
-    def submit_file(self, path: Path | str, *, block_s: float = 0.0, **options: Any) -> JobHandle:
+    def submit_file(self, path: Path | str, *, pipeline: Any = None, block_s: float = 0.0, **options: Any) -> JobHandle:
         """Hands over the latents in a safetensors file with one tensor. Arguments and errors as `submit`.
 
         Raises:
             InvalidTensorFile: cannot be read, truncated, oversized, or not safetensors.
         """
+        if pipeline is not None:
+            options = options_of(pipeline, options, catalog=self.catalog)
         asked = _options(options)
         tensor = read_tensor_file(Path(path), max_bytes=self._settings.max_latents_bytes)
         return self._submit(tensor, asked, block_s=block_s)

@@ -50,7 +50,7 @@ def options_of(pipeline: Any, given: Mapping[str, Any], *, catalog: VaeCatalog) 
     """Options of a job with latents of `pipeline`.
 
     Args:
-        pipeline: a diffusers pipeline, with or without its VAE.
+        pipeline: a diffusers pipeline, with or without its VAE; or the name of its class, from which no facts are read.
         given: the caller's options, which win.
         catalog: where the VAE is looked up.
 
@@ -60,7 +60,10 @@ def options_of(pipeline: Any, given: Mapping[str, Any], *, catalog: VaeCatalog) 
         InvalidOption: the pipeline is set up in a way whose latents do not tell its pictures, or its VAE is of another
             class than the catalogue's.
     """
-    entry = lookup(type(pipeline).__name__)
+    if isinstance(pipeline, str):
+        entry, pipeline = lookup(pipeline), None
+    else:
+        entry = lookup(type(pipeline).__name__)
     options: dict[str, Any] = {"vae": entry.vae_of(pipeline)}
     if entry.layout is not None:
         options["layout"] = entry.layout

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Final
 
-from broker_config.latent_geometry import LAYOUTS
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
 from producer.pipeline_table import EXCEPTED, PIPELINES
 
@@ -80,7 +79,6 @@ def _layouts(entry: VaeEntry) -> str:
 
 def _states(entry: VaeEntry) -> str:
     states = dict.fromkeys(entry.state_of(item) for item in entry.layouts)
-    assert all(LAYOUTS[item] for item in entry.layouts)
     return ", ".join(f"`{item}`" for item in states)
 
 

@@ -184,7 +184,8 @@ def _in_chunks(vae: Any, vae_input: torch.Tensor, plan: Plan, keywords: Mapping[
     Source: pipelines/helios/pipeline_helios.py `HeliosPipeline.__call__`.
     """
     assert plan.facts.frames_per_call is not None, "checked at submit"
-    parts = [_whole(vae, part, plan, keywords) for part in vae_input.split(plan.facts.frames_per_call, dim=2)]
+    groups = torch.split(vae_input, plan.facts.frames_per_call, dim=2)
+    parts = [_whole(vae, part, plan, keywords) for part in groups]
     return torch.cat(parts, dim=2)[:, :, : plan.num_frames]
 
 

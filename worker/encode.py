@@ -39,7 +39,7 @@ def encode_pixels(
         values = to_vae_values(pixels.to(vae.device)).to(vae.dtype)
         step = 1 if plan.is_video else max(1, min(plan.batch, items_per_call or plan.batch))
         generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
-        parts = [_latents_of(vae.encode(part), generator) for part in values.split(step)]
+        parts = [_latents_of(vae.encode(part), generator) for part in torch.split(values, step)]
         latents = normalise(torch.cat(parts), plan.scaling, plan.latent_state)
         return _LAYOUTS[plan.layout](latents)
 

@@ -15,7 +15,8 @@ from typing import Any, Final
 import torch
 
 from broker_config.errors import NonFiniteOutput
-from worker.decode import Plan, decode_chunks
+from worker.decode import decode_chunks
+from worker.latent_layouts import Plan
 
 logger = logging.getLogger(__name__)
 

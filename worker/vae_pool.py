@@ -170,6 +170,11 @@ def _from_pretrained(entry: VaeEntry, folder: Path, dtype: torch.dtype) -> Any:
         ) from error
 
 
+def can_tile(module: Any) -> bool:
+    """Whether `enable_tiling` changes how a VAE decodes: some classes raise, some set flags that nothing reads."""
+    return hasattr(module, "tiled_decode") or hasattr(module, "_tiled_decode")
+
+
 def default_dtype(entry: VaeEntry, device: torch.device) -> str:
     """The dtype a VAE is loaded in: the catalogue's on CUDA, float32 on a CPU."""
     if device.type == "cpu":

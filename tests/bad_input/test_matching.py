@@ -236,6 +236,7 @@ def test_a_pipeline_that_is_not_in_the_table_is_refused(name: str, words: list[s
             {"sigma_data": 0.5},
         ),
         (pipeline("Krea2Pipeline", vae=None, patch_size=1), {}, {"patch_size": 1}),
+        ("Flux2Pipeline", {}, {"vae": "flux2", "layout": "packed_patched"}),
         (pipeline("StableDiffusion3InpaintPipeline", vae=None), {}, {"vae": "sd3", "shift_factor": 0.0}),
         (
             pipeline("FluxPipeline", vae=None),

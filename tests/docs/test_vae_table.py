@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from broker_config.latent_geometry import LatentLayout
 from tools import vae_table
 
 
@@ -18,5 +19,5 @@ def test_every_family_but_the_demo_has_a_parity_test() -> None:
 
 def test_every_layout_is_some_familys() -> None:
     text = vae_table.families()
-    unused = [layout for layout in vae_table.LAYOUTS if f"`{layout}`" not in text]
+    unused = [layout for layout in LatentLayout if f"`{layout}`" not in text]
     assert unused == []

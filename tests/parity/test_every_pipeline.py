@@ -86,10 +86,10 @@ def vaes() -> Callable[[str], Any]:
     return vae
 
 
-def tail_of(name: str, vae: Any) -> Tail:
+def tail_of(name: str, vae: Any, *, rows: int = ROWS, columns: int = COLUMNS) -> Tail:
     """A case for a class: what its layout asks for, then what is its own."""
     entry = VaeCatalog.load()[entry_name(name)]
-    batch, channels, rows, columns = 2, entry.channels, ROWS, COLUMNS
+    batch, channels = 2, entry.channels
     frames = FRAMES
     if entry.tiled:  # Allegro: tiles of 6 latent frames and 128 px, one clip at a time
         batch, frames, rows, columns = 1, 6, 16, 16
@@ -505,6 +505,43 @@ def test_bria_fibo_with_patches(vaes: Callable[[str], Any]) -> None:
     made, made_pixels = our_way(name, vae, latents, tail)
     assert torch.equal(made, expected)
     assert np.array_equal(made_pixels, pixels)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "StableDiffusionPipeline",
+        "StableDiffusion3Pipeline",
+        "SanaPipeline",
+        "Flux2KleinPipeline",
+        "WanPipeline",
+        "HunyuanVideoPipeline",
+        "CogVideoXPipeline",
+        "MochiPipeline",
+        "LTXConditionPipeline",
+        "CosmosTextToWorldPipeline",
+        "StableVideoDiffusionPipeline",
+        "Kandinsky5T2IPipeline",
+    ],
+)
+def test_latents_of_odd_sizes(name: str, vaes: Callable[[str], Any]) -> None:
+    vae = vaes(entry_name(name))
+    tail = tail_of(name, vae, rows=5, columns=7)
+    latents = torch.randn(tail.shape, generator=torch.Generator().manual_seed(5))
+    expected, pixels = tails.run_tail(tails.load(name), vae, latents, **tail.known)
+    made, made_pixels = our_way(name, vae, latents, tail)
+    assert torch.equal(made, expected)
+    assert np.array_equal(made_pixels, pixels)
+
+
+def test_more_than_forty_pairs_of_class_layout_and_state_are_held_against_diffusers() -> None:
+    catalog = VaeCatalog.load()
+    pairs = set()
+    for name, pipeline in PIPELINES.items():
+        entry = catalog[entry_name(name)]
+        layout = entry.layout(pipeline.layout)
+        pairs.add((entry.vae_class, layout, entry.state_of(layout, pipeline.state)))
+    assert len(pairs) > 40, len(pairs)
 
 
 # Pipelines that decode inside their loop -------------------------------------------------------------------------

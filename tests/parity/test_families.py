@@ -95,6 +95,13 @@ CASES = {
         call={**_SMALL, "prompt_embeds": text, "prompt_embeds_mask": mask, "true_cfg_scale": 1.0},
         given=_SMALL,
     ),
+    "qwen-image-21, RGBA": Whole(
+        pipeline="QwenImage21Pipeline",
+        vae="qwen-image-21",
+        denoiser={"in_channels": 64, "guidance_embeds": False},
+        call={**_LARGE, "prompt_embeds": text, "prompt_embeds_mask": lambda: mask().bool(), "true_cfg_scale": 1.0},
+        given=_LARGE,
+    ),
     "krea2": Whole(
         pipeline="Krea2Pipeline",
         vae="krea2",
@@ -154,10 +161,11 @@ CASES = {
     "sana, a size that is no bin": Whole(
         pipeline="SanaPipeline",
         vae="sana",
-        denoiser={"in_channels": 32, "out_channels": 32, "sample_size": 8, "timestep_scale": 1.0},
+        denoiser={"in_channels": 32, "out_channels": 32, "sample_size": 16, "timestep_scale": 1.0},
         scheduler=_dpm,
-        call={**_MASKED, **_UNGUIDED, "height": 192, "width": 256, "use_resolution_binning": False},
-        given={"height": 192, "width": 256},
+        # 500 × 600 is decoded as 480 × 544, then resized and cropped
+        call={**_MASKED, **_UNGUIDED, "height": 500, "width": 600},
+        given={"height": 500, "width": 600},
     ),
     "sd3": Whole(
         pipeline="StableDiffusion3Pipeline",
@@ -323,6 +331,23 @@ def test_a_worker_sends_back_what_the_pipeline_would_have_returned(
     assert job.snapshot().vae == case.vae
     pixels = families.decode(expected.latents, output="uint8", **given).array()
     assert np.array_equal(pixels, expected.pixels)
+
+
+def test_rgba_is_in_the_png_and_in_the_webp(references: Callable[[str], Reference], families: Serving) -> None:
+    name = "qwen-image-21, RGBA"
+    expected = references(name)
+    assert expected.pixels.shape[-1] == 4
+    given = {"pipeline": expected.pipeline, **CASES[name].given}
+    pictures = families.decode(expected.latents, output="png", **given).images()
+    assert {picture.mode for picture in pictures} == {"RGBA"}
+    assert np.array_equal(np.stack([np.asarray(picture) for picture in pictures]), expected.pixels)
+    assert {item.mode for item in families.decode(expected.latents, output="webp", **given).images()} == {"RGBA"}
+
+
+def test_latents_that_are_not_contiguous_are_among_these(references: Callable[[str], Reference]) -> None:
+    assert [name for name in ("anyflow", "helios", "ltx", "flux2") if references(name).latents.is_contiguous()] == [
+        "anyflow"
+    ]
 
 
 def test_the_catalogue_of_this_test_is_ours_with_other_weights(family_catalog: Path) -> None:

@@ -61,7 +61,7 @@ WIDE, LONG = Vae(32, 32), Vae(12, 8, 6)
     ],
 )
 def test_sizes_by_hand(
-    layout: LatentLayout, shape: tuple[int, ...], vae: Vae, asked: dict[str, int], expected: tuple[int, ...]
+    layout: LatentLayout, shape: tuple[int, ...], vae: Vae, asked: dict[str, Any], expected: tuple[int, ...]
 ) -> None:
     batch, num_frames, height, width = expected
     assert measure(layout, shape, vae=vae, **asked) == Geometry(
@@ -88,7 +88,7 @@ def test_a_picture_is_its_latents_times_the_compression(batch: int, rows: int, c
 def test_packed_latents_are_what_is_left_of_the_size_after_rounding_down(
     rows: int, columns: int, spare_height: int, spare_width: int
 ) -> None:
-    asked = {"height": rows * 16 + spare_height, "width": columns * 16 + spare_width}
+    asked: dict[str, Any] = {"height": rows * 16 + spare_height, "width": columns * 16 + spare_width}
     made = measure(PACKED, (1, rows * columns, 64), vae=FLUX, **asked)
     assert (made.height, made.width) == (rows * 16, columns * 16)
     with pytest.raises(InvalidSize):
@@ -104,7 +104,7 @@ def test_the_first_latent_frame_is_one_frame_and_each_other_as_many_as_the_compr
     assert made.num_frames == 1 + (frames - 1) * temporal
 
 
-def expect_refusal(kind: Any, code: str, field: str, layout: LatentLayout, shape: Any, vae: Vae, **asked: int) -> str:
+def expect_refusal(kind: Any, code: str, field: str, layout: LatentLayout, shape: Any, vae: Vae, **asked: Any) -> str:
     with pytest.raises(kind) as refusal:
         measure(layout, shape, vae=vae, **asked)
     assert type(refusal.value) is kind
@@ -169,7 +169,7 @@ def test_channels_of_another_vae_are_refused(
     ],
 )
 def test_a_size_that_does_not_fit_is_refused_by_its_name(
-    layout: LatentLayout, shape: tuple[int, ...], asked: dict[str, int], field: str
+    layout: LatentLayout, shape: tuple[int, ...], asked: dict[str, Any], field: str
 ) -> None:
     expect_refusal(InvalidSize, "latents_size", field, layout, shape, SD, **asked)
 
@@ -229,8 +229,8 @@ def test_sizes_of_single_families_by_hand(
     layout: LatentLayout,
     shape: tuple[int, ...],
     vae: Vae,
-    asked: dict[str, int],
-    facts: dict[str, int],
+    asked: dict[str, Any],
+    facts: dict[str, Any],
     expected: tuple[int, ...],
 ) -> None:
     made = measure(layout, shape, vae=vae, facts=LatentFacts(**facts), **asked)
@@ -264,8 +264,8 @@ def test_latents_of_single_families_that_do_not_fit_are_refused_by_name(
     layout: LatentLayout,
     shape: tuple[int, ...],
     vae: Vae,
-    asked: dict[str, int],
-    facts: dict[str, int],
+    asked: dict[str, Any],
+    facts: dict[str, Any],
     kind: Any,
     field: str,
 ) -> None:

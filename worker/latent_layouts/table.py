@@ -120,7 +120,7 @@ def _last_item(decoded: torch.Tensor, plan: Plan) -> torch.Tensor:
 
     Source: pipelines/joyimage/pipeline_joyimage_edit.py `JoyImageEditPipeline.__call__`.
     """
-    decoded = decoded.unflatten(0, (plan.batch, -1))  # B, n, 3, 1, H, W
+    decoded = torch.unflatten(decoded, 0, (plan.batch, -1))  # B, n, 3, 1, H, W
     return decoded.float()[:, -1, :, 0]
 
 
