@@ -14,7 +14,7 @@
     │   ├── BlobStoreUnavailable      the folder or bucket of large blobs does not do what it should
     │   └── QueueFull                 admission is closed; carries retry_after_s
     ├── InvalidJob                    refused before anything is allocated (never retryable)
-    │   ├── UnknownVae · UnknownLayout · InvalidOption
+    │   ├── UnknownVae · UnknownLayout · UnknownPipeline · InvalidOption
     │   ├── InvalidRank · InvalidChannels · InvalidDtype · InvalidSize · LatentsNotFinite
     │   ├── PixelLimitExceeded · LatentsTooLarge
     │   └── InvalidTensorFile         NotSafetensors · TensorFileTruncated · TensorFileOversized
@@ -158,6 +158,12 @@ class UnknownLayout(InvalidJob):
     """The VAE does not take this latent layout."""
 
     code = "unknown_layout"
+
+
+class UnknownPipeline(InvalidJob):
+    """The pipeline's class is not in the table; give vae and layout instead."""
+
+    code = "unknown_pipeline"
 
 
 class InvalidOption(InvalidJob):

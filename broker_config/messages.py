@@ -18,12 +18,17 @@ from typing import Any, Final, Self
 
 from broker_config.errors import InvalidOption, UnsupportedMessage
 from broker_config.keys import Priority
+from broker_config.latent_geometry import FACTS, LAYOUTS, LatentFacts, LatentLayout, LatentState, checked_facts
 
-SCHEMA_VERSION: Final = 1
+#: 2 added the layouts beyond the first four, `state`, and the facts of `LatentFacts`.
+SCHEMA_VERSION: Final = 2
+#: What a reader of version 1 knows; a message is of version 2 only if such a reader would decode it wrongly.
+_FIRST_LAYOUTS: Final = frozenset({"unpacked", "packed", "video", "video_2d"})
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
-#: The one function jobs name. Workers look it up in an allow-list; RQ never imports it.
+#: The functions jobs name. Workers look them up in an allow-list; RQ never imports them.
 DECODE_FUNCTION: Final = "worker.handlers.decode"
+ENCODE_FUNCTION: Final = "worker.handlers.encode"
 
 
 class JobStatus(StrEnum):
@@ -57,6 +62,15 @@ TRANSITIONS: Final[Mapping[JobStatus, frozenset[JobStatus]]] = {
     JobStatus.CANCELED: frozenset({JobStatus.EXPIRED}),
     JobStatus.EXPIRED: frozenset(),
 }
+
+
+class Kind(StrEnum):
+    """What a job is for."""
+
+    #: Latents become pictures.
+    DECODE = "decode"
+    #: Pictures become latents.
+    ENCODE = "encode"
 
 
 class Output(StrEnum):
@@ -137,6 +151,20 @@ class DecodeRequest:
     scaling_factor: float | None = None
     #: Overrides the VAE's config; None: the config's.
     shift_factor: float | None = None
+    #: Which normalisation the latents carry (`LatentState`); None: the layout's own.
+    state: str | None = None
+    #: The next eleven: see `LatentFacts`.
+    patch_size: int | None = None
+    layers: int | None = None
+    additional_frames: int | None = None
+    frames_per_call: int | None = None
+    sigma_data: float | None = None
+    decode_timestep: float | None = None
+    decode_noise_scale: float | None = None
+    seed: int | None = None
+    vae_class: str | None = None
+    vae_config: str | None = None
+    vae_revision: str | None = None
     #: The caller's own facts (prompt, seed …), written into the artifacts.
     metadata: Mapping[str, str] = field(default_factory=dict)
     #: Whether artifacts carry our provenance record.
@@ -145,13 +173,37 @@ class DecodeRequest:
     allow_tiling: bool = False
     #: The job whose latents these are, when decoded again.
     source_job_id: str | None = None
-    #: Version of this message.
-    schema_version: int = SCHEMA_VERSION
+    #: What the job is for. Of an encode, `latents`, `shape` and `dtype` are those of the pixels: uint8, (B, H, W, 3) or
+    #: (B, F, H, W, 3); `layout` and `state` are those of the latents to make, `seed` that of their sampling.
+    kind: Kind = Kind.DECODE
+    #: Version of this message: the least whose readers understand all of it (`needed_version`).
+    schema_version: int = 1
 
     @property
     def pixels(self) -> int:
         """Pixels of everything the job decodes to."""
         return self.height * self.width * self.num_frames * self.batch
+
+    @property
+    def facts(self) -> LatentFacts:
+        """What of the decode is neither in the latents nor in the VAE's config."""
+        return LatentFacts(**{name: getattr(self, name) for name in FACTS})
+
+    @property
+    def latent_state(self) -> LatentState:
+        """Which normalisation the latents carry."""
+        return LatentState(self.state) if self.state else LAYOUTS[LatentLayout(self.layout)].state
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the job makes clips."""
+        return LAYOUTS[LatentLayout(self.layout)].is_video
+
+    @property
+    def needed_version(self) -> int:
+        """The least schema version whose readers decode this as it is meant."""
+        new = self.state is not None or any(getattr(self, name) is not None for name in FACTS)
+        return 2 if new or self.kind is not Kind.DECODE or self.layout not in _FIRST_LAYOUTS else 1
 
     @property
     def bucket(self) -> str:
@@ -160,7 +212,13 @@ class DecodeRequest:
         kind = self.output if self.output in (Output.TENSOR, Output.MP4) else "pixels"
         scale = f"{self.scaling_factor}/{self.shift_factor}"
         mode = self.mode or "default"
-        return f"{self.vae}|{self.layout}|{shape}|{self.height}x{self.width}|{self.dtype}|{kind}|{scale}|{mode}"
+        bucket = f"{self.vae}|{self.layout}|{shape}|{self.height}x{self.width}|{self.dtype}|{kind}|{scale}|{mode}"
+        facts = {name: value for name in FACTS if (value := getattr(self, name)) is not None}
+        if self.state is not None or facts:
+            bucket += f"|{self.state}|" + ",".join(f"{name}={value}" for name, value in facts.items())
+        # Noise is drawn for a job as a whole: two jobs of one seed have the same noise, a batch of two has not.
+        alone = self.decode_timestep is not None or self.kind is Kind.ENCODE
+        return f"{bucket}|{self.job_id}" if alone else bucket
 
     @property
     def payload_hash(self) -> str:
@@ -180,7 +238,7 @@ class DecodeRequest:
                 value = dataclasses.asdict(value)
             elif isinstance(value, tuple | Mapping):
                 value = list(value) if isinstance(value, tuple) else dict(value)
-            if value not in (None, {}):
+            if value not in (None, {}) and value is not Kind.DECODE:
                 wire[spec.name] = value
         return json.dumps(wire, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
@@ -207,6 +265,10 @@ class DecodeRequest:
             wire["priority"] = Priority(wire.get("priority", Priority.NORMAL))
             if "mode" in wire:
                 wire["mode"] = Mode(wire["mode"])
+            wire["kind"] = Kind(wire.get("kind", Kind.DECODE))
+            if wire.get("state") is not None:
+                LatentState(wire["state"])
+            checked_facts(wire)
             return cls(**wire)
         except UnsupportedMessage:
             raise
@@ -218,6 +280,7 @@ class DecodeRequest:
 _JSON_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "str": (str,),
     "int": (int,),
+    "int | None": (int, NoneType),
     "float": (int, float),
     "bool": (bool,),
     "str | None": (str, NoneType),

@@ -18,7 +18,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import utcformat
 
 from broker_config.errors import UnsupportedMessage
-from broker_config.messages import DECODE_FUNCTION, DecodeRequest
+from broker_config.messages import DECODE_FUNCTION, ENCODE_FUNCTION, DecodeRequest, Kind
 
 #: A job's data is ~100 bytes; a larger one was not written by us, and zlib can blow up a thousandfold.
 _MAX_DATA_BYTES: Final = 64 * 1024
@@ -27,7 +27,7 @@ _MAX_DATA_BYTES: Final = 64 * 1024
 def job_fields(request: DecodeRequest, *, queue: str, connection: Redis) -> list[bytes | str | int | float]:
     """Flat field, value … of `rq:job:<id>` for a job that waits in `queue`."""
     job = Job.create(
-        func=DECODE_FUNCTION,
+        func=ENCODE_FUNCTION if request.kind is Kind.ENCODE else DECODE_FUNCTION,
         args=[request.job_id],
         connection=connection,
         id=request.job_id,

@@ -15,8 +15,8 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from broker_config.errors import CatalogInvalid, UnknownLayout, UnknownVae
-from broker_config.latent_geometry import LatentLayout
+from broker_config.errors import CatalogInvalid, InvalidOption, UnknownLayout, UnknownVae
+from broker_config.latent_geometry import LAYOUTS, FrameRule, LatentLayout, LatentState
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
@@ -45,6 +45,14 @@ class VaeEntry(BaseModel):
     spatial: int = Field(gt=0)
     temporal: int = Field(default=1, gt=0)
     layouts: tuple[LatentLayout, ...] = Field(min_length=1)
+    state: LatentState | None = None
+    frames: FrameRule = FrameRule.FIRST_ALONE
+    patch_size: int = Field(default=2, gt=0, le=16)
+    pixel_channels: int = Field(default=3, ge=3, le=4)
+    pixels: str = Field(default="signed", pattern="^(signed|imagenet)$")
+    resizes: bool = False
+    tiled: bool = False
+    config_digest: str | None = Field(default=None, pattern="^[0-9a-f]{16}$")
     fps: float = Field(default=16.0, gt=0, le=240)
     source: str = "the user's catalogue"
 
@@ -55,7 +63,7 @@ class VaeEntry(BaseModel):
             UnknownLayout: not a layout of this VAE.
         """
         if wanted is None:
-            fitting = [item for item in self.layouts if rank is None or _RANKS[item] == rank]
+            fitting = [item for item in self.layouts if rank is None or LAYOUTS[item].rank == rank]
             return fitting[0] if fitting else self.layouts[0]
         if str(wanted) not in {str(item) for item in self.layouts}:
             raise UnknownLayout(
@@ -63,13 +71,19 @@ class VaeEntry(BaseModel):
             )
         return LatentLayout(wanted)
 
+    def state_of(self, layout: LatentLayout, wanted: str | None = None) -> LatentState:
+        """The normalisation that latents of `layout` carry: the one named, else the entry's, else the layout's.
 
-_RANKS: Mapping[LatentLayout, int] = {
-    LatentLayout.PACKED: 3,
-    LatentLayout.UNPACKED: 4,
-    LatentLayout.VIDEO: 5,
-    LatentLayout.VIDEO_2D: 5,
-}
+        Raises:
+            InvalidOption: no such state.
+        """
+        if wanted is None:
+            # An image VAE's frames are scaled as AnimateDiff does, whatever its pictures are.
+            folded = layout in (LatentLayout.VIDEO_2D, LatentLayout.FRAMES_2D)
+            return LAYOUTS[layout].state if folded or self.state is None else self.state
+        if wanted not in set(LatentState):
+            raise InvalidOption(f"state is {wanted!r}, expected one of {', '.join(LatentState)}", field="state")
+        return LatentState(wanted)
 
 
 class VaeCatalog(Mapping[str, VaeEntry]):

@@ -19,13 +19,15 @@ from broker_config.errors import (
     ResultExpired,
 )
 from broker_config.job_store import JobStore
-from broker_config.latent_geometry import Geometry
-from broker_config.messages import DecodeRequest
+from broker_config.latent_geometry import FACTS, Geometry, LatentLayout
+from broker_config.messages import DecodeRequest, Kind
 from broker_config.settings import Settings, load_settings
 from broker_config.tiered_blob_store import TieredBlobStore
 from broker_config.vae_catalog import VaeCatalog
 from producer.job_handle import JobHandle
-from producer.submission import DecodeOptions, build_request, checked_options, new_job_id
+from producer.pipelines import options_of
+from producer.pixel_input import ENCODE_OPTIONS, Pictures, build_encode_request, encode_options
+from producer.submission import DecodeOptions, build_request, checked_options, checked_state, new_job_id
 from producer.tensor_input import Latents, TensorFile, read_tensor_file, to_tensor_file
 
 #: A submit whose latents expired before they were accepted stores them again, this often.
@@ -87,12 +89,15 @@ class DecodeClient:
         with broker_errors(self._connections.url):
             self._connections.commands.ping()
 
-    def submit(self, latents: Latents, *, block_s: float = 0.0, **options: Any) -> JobHandle:
+    def submit(self, latents: Latents, *, pipeline: Any = None, block_s: float = 0.0, **options: Any) -> JobHandle:
         """Hands latents over; when this returns, they cannot be lost.
 
         Args:
             latents: torch tensor (float16, bfloat16, float32; any device, any strides) or numpy array (float16,
                 float32), laid out as the pipeline returned them.
+            pipeline: the diffusers pipeline that made them, with or without its VAE, or the name of its class: tells
+                vae, layout, state and the facts that go with them (`producer/pipelines.py`). Options named beside it
+                win.
             block_s: while the queue is full, how long to try again.
             options: fields of `DecodeOptions`: vae, layout, height, width, num_frames, fps, output, mode, priority,
                 timeout_s, start_within_s, retention_s, scaling_factor, shift_factor, metadata, provenance, job_id.
@@ -105,19 +110,45 @@ class DecodeClient:
                 cannot make a second job.
             BlobStoreUnavailable: the store of large blobs did not take the latents; nothing was accepted.
         """
+        if pipeline is not None:
+            options = options_of(pipeline, options, catalog=self.catalog)
         asked = _options(options)
         tensor = to_tensor_file(latents, max_bytes=self._settings.max_latents_bytes)
         return self._submit(tensor, asked, block_s=block_s)
 
-    def submit_file(self, path: Path | str, *, block_s: float = 0.0, **options: Any) -> JobHandle:
+    def submit_file(self, path: Path | str, *, pipeline: Any = None, block_s: float = 0.0, **options: Any) -> JobHandle:
         """Hands over the latents in a safetensors file with one tensor. Arguments and errors as `submit`.
 
         Raises:
             InvalidTensorFile: cannot be read, truncated, oversized, or not safetensors.
         """
+        if pipeline is not None:
+            options = options_of(pipeline, options, catalog=self.catalog)
         asked = _options(options)
         tensor = read_tensor_file(Path(path), max_bytes=self._settings.max_latents_bytes)
         return self._submit(tensor, asked, block_s=block_s)
+
+    def encode(self, pictures: Pictures, *, pipeline: Any = None, block_s: float = 0.0, **options: Any) -> JobHandle:
+        """Hands pictures over to be made into latents, normalised as the pipeline wants them; `.tensor()` has them.
+
+        Args:
+            pictures: PIL images of one size, or numpy uint8: (H, W, 3), (B, H, W, 3); of a video VAE the frames of one
+                clip, or (F, H, W, 3), (B, F, H, W, 3). Height and width must be multiples of the VAE's compression.
+            pipeline: a diffusers pipeline: tells vae, layout and state, as for `submit`.
+            block_s: while the queue is full, how long to try again.
+            options: vae, layout, state, seed (a sample of the posterior; without it, its mean), scaling_factor,
+                shift_factor, mode, priority, timeout_s, start_within_s, retention_s, metadata, allow_tiling, job_id.
+
+        Raises:
+            InvalidJob: one of its subclasses; nothing was stored.
+            JobConflict, QueueFull, BrokerUnreachable, BlobStoreUnavailable: as `submit`.
+        """
+        if pipeline is not None:
+            told = options_of(pipeline, options, catalog=self.catalog)
+            options = {name: value for name, value in told.items() if name in ENCODE_OPTIONS or name in options}
+        asked = _options(encode_options(options))
+        request, file = build_encode_request(pictures, asked, catalog=self.catalog, settings=self._settings)
+        return self._send(request, file, block_s=block_s)
 
     def redecode(self, job_id: str, /, *, block_s: float = 0.0, **options: Any) -> JobHandle:
         """Decodes the retained latents of a job again, as a new job with other options.
@@ -140,6 +171,8 @@ class DecodeClient:
                 f"the latents of job {job_id} are gone: their retention has ended; submit them again",
                 job_id=job_id,
             )
+        if source.kind is not Kind.DECODE:
+            raise InvalidOption(f"job {job_id} encodes pictures: there is nothing to decode again", field="job_id")
         request = self._again(source, options)
         try:
             return self._accept(request, None, block_s=block_s)
@@ -196,6 +229,9 @@ class DecodeClient:
 
     def _submit(self, tensor: TensorFile, options: DecodeOptions, *, block_s: float) -> JobHandle:
         request = build_request(tensor, options, catalog=self.catalog, settings=self._settings)
+        return self._send(request, tensor, block_s=block_s)
+
+    def _send(self, request: DecodeRequest, tensor: TensorFile, *, block_s: float) -> JobHandle:
         try:
             for _ in range(_SUBMIT_TRIES - 1):
                 try:
@@ -238,7 +274,7 @@ class DecodeClient:
             num_frames=source.num_frames,
             height=source.height,
             width=source.width,
-            is_video=len(source.shape) == 5,
+            is_video=source.is_video,
         )
         known = {item.name for item in dataclasses.fields(DecodeOptions)}
         kept = {
@@ -246,11 +282,12 @@ class DecodeClient:
             for name in known & {item.name for item in dataclasses.fields(source)}
             if name not in ("job_id", "timeout_s", "height", "width", "num_frames")
         }
-        fixed = {"vae", "layout", "height", "width", "num_frames"} & set(options)
+        fixed = {"vae", "layout", "height", "width", "num_frames", "state", *FACTS} & set(options)
         if fixed:
             name = sorted(fixed)[0]
             raise _not_changeable(name)
         asked = _options(kept | options)
+        checked_state(asked, entry, LatentLayout(source.layout))
         checked = checked_options(asked, entry=entry, geometry=geometry, settings=self._settings)
         job_id = asked.job_id or new_job_id()
         return dataclasses.replace(source, job_id=job_id, source_job_id=source.job_id, **checked)

@@ -5,6 +5,7 @@ Nothing is sent and nothing larger than the latents is allocated before every ch
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -18,7 +19,16 @@ import uuid_utils
 from broker_config.blob_store import draft
 from broker_config.errors import InvalidOption, PixelLimitExceeded
 from broker_config.keys import Priority
-from broker_config.latent_geometry import Geometry, measure
+from broker_config.latent_geometry import (
+    FACTS,
+    LAYOUTS,
+    Geometry,
+    LatentFacts,
+    LatentLayout,
+    LatentState,
+    checked_facts,
+    measure,
+)
 from broker_config.messages import DecodeRequest, Mode, Output, check_job_id
 from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
@@ -71,6 +81,30 @@ class DecodeOptions:
     scaling_factor: float | None = None
     #: None: the VAE's config.
     shift_factor: float | None = None
+    #: Which normalisation the latents carry; None: the catalogue's (docs/vaes.md).
+    state: str | None = None
+    #: Side of the square patches of packed latents; None: the catalogue's.
+    patch_size: int | None = None
+    #: Pictures of the `layers` layout.
+    layers: int | None = None
+    #: Leading latent frames that are not decoded.
+    additional_frames: int | None = None
+    #: Frames, or latent frames of `video_chunks`, in one call of the VAE; None: the layout's.
+    frames_per_call: int | None = None
+    #: The scheduler's.
+    sigma_data: float | None = None
+    #: Timestep at which a VAE with timestep conditioning decodes.
+    decode_timestep: float | None = None
+    #: Share of noise mixed in before; None: as `decode_timestep`.
+    decode_noise_scale: float | None = None
+    #: Seed of that noise.
+    seed: int | None = None
+    #: Class the worker's VAE must have; None: the catalogue's.
+    vae_class: str | None = None
+    #: Digest its config must have; None: any.
+    vae_config: str | None = None
+    #: Commit its weights must be of; None: any.
+    vae_revision: str | None = None
     #: Written into the artifacts.
     metadata: Mapping[str, str] = field(default_factory=dict)
     #: Whether artifacts carry our provenance record.
@@ -96,6 +130,9 @@ def build_request(
     """
     entry = catalog[options.vae]
     layout = entry.layout(options.layout, rank=len(tensor.shape))
+    facts = checked_facts({name: getattr(options, name) for name in FACTS})
+    state = checked_state(options, entry, layout)
+    check_noise(options)
     geometry = measure(
         layout,
         tensor.shape,
@@ -103,12 +140,13 @@ def build_request(
         height=_count("height", options.height),
         width=_count("width", options.width),
         num_frames=_count("num_frames", options.num_frames),
+        facts=LatentFacts(**facts),
     )
-    _check_pixels(geometry, settings)
+    check_pixels(geometry, settings)
     checked = checked_options(options, entry=entry, geometry=geometry, settings=settings)
     job_id = options.job_id or new_job_id()
     sha256 = hashlib.sha256(tensor.data).hexdigest()  # the first use of `data`: the latents are copied here
-    return DecodeRequest(
+    request = DecodeRequest(
         job_id=job_id,
         vae=entry.name,
         layout=layout,
@@ -120,8 +158,52 @@ def build_request(
         width=geometry.width,
         batch=geometry.batch,
         num_frames=geometry.num_frames,
+        state=None if state is LAYOUTS[layout].state else str(state),
+        **facts,
         **checked,
     )
+    return dataclasses.replace(request, schema_version=request.needed_version)
+
+
+def check_noise(options: DecodeOptions) -> None:
+    """Whether what is said of noise says all of it.
+
+    Raises:
+        InvalidOption: a fact without the one it belongs to.
+    """
+    if (options.decode_noise_scale is not None or options.seed is not None) and options.decode_timestep is None:
+        name = "seed" if options.seed is not None else "decode_noise_scale"
+        raise InvalidOption(
+            f"{name} is given without decode_timestep, and no noise is mixed in without it: give both", field=name
+        )
+
+
+def checked_state(options: DecodeOptions, entry: VaeEntry, layout: LatentLayout) -> LatentState:
+    """Which normalisation the latents carry, if that goes with the other options.
+
+    Raises:
+        InvalidOption: no such state, a factor it has no use for, or a fact that is missing.
+    """
+    state = entry.state_of(layout, options.state)
+    for name in ("scaling_factor", "shift_factor"):
+        value = getattr(options, name)
+        if value is not None and not state.takes_factors:
+            raise InvalidOption(
+                f"{name} is {value!r}, but {entry.name}'s latents are {state}: they are brought back by the VAE's own "
+                f"statistics, or not at all. Leave {name} out",
+                field=name,
+            )
+    if state.needs_sigma_data and options.sigma_data is None:
+        raise InvalidOption(
+            f"sigma_data is missing, which latents that are {state} need: give `pipe.scheduler.config.sigma_data`",
+            field="sigma_data",
+        )
+    if options.sigma_data is not None and not state.needs_sigma_data:
+        raise InvalidOption(
+            f"sigma_data is {options.sigma_data!r}, but {entry.name}'s latents are {state}: leave it out",
+            field="sigma_data",
+        )
+    return state
 
 
 def checked_options(
@@ -133,7 +215,7 @@ def checked_options(
         InvalidOption: a value that is not allowed.
     """
     _check_id(options.job_id)
-    output = _output(options.output, geometry)
+    output = _output(options.output, geometry, entry)
     metadata = checked_metadata(options.metadata, max_bytes=settings.max_metadata_bytes)
     _check_encoder(output, geometry, metadata)
     timeout_s = _seconds("timeout_s", options.timeout_s)
@@ -190,7 +272,12 @@ def checked_metadata(metadata: Mapping[str, str], *, max_bytes: int) -> dict[str
     return dict(metadata)
 
 
-def _check_pixels(geometry: Geometry, settings: Settings) -> None:
+def check_pixels(geometry: Geometry, settings: Settings) -> None:
+    """Whether the pictures are within the limits.
+
+    Raises:
+        PixelLimitExceeded: they are not.
+    """
     picture = geometry.height * geometry.width
     if picture > settings.max_image_px:
         raise PixelLimitExceeded(
@@ -226,12 +313,16 @@ def _check_encoder(output: Output, geometry: Geometry, metadata: Mapping[str, st
             )
 
 
-def _output(wanted: str | None, geometry: Geometry) -> Output:
+def _output(wanted: str | None, geometry: Geometry, entry: VaeEntry) -> Output:
     if wanted is None:
         return Output.MP4 if geometry.is_video else Output.PNG
     output = _one_of(Output, "output", wanted)
     if output is Output.MP4 and not geometry.is_video:
         raise InvalidOption("output mp4 needs a clip; these latents are pictures: choose png", field="output")
+    if output is Output.JPG and entry.pixel_channels == 4:
+        raise InvalidOption(
+            f"output jpg holds no transparency, and {entry.name} decodes to RGBA: choose png or webp", field="output"
+        )
     return output
 
 

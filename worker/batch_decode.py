@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from broker_config.errors import NonFiniteOutput, WeightsMismatch
 from broker_config.latent_geometry import LatentLayout
-from broker_config.messages import DecodeRequest, Output
-from worker.decode import Plan, clip_frames, decode_chunks, join_chunks, to_pixels
+from broker_config.messages import DecodeRequest, Kind, Output
+from worker.decode import Plan, clip_frames, join_chunks, to_pixels
+from worker.encode import encode_pixels
 from worker.latent_io import dtype_name
 from worker.latent_layouts import scaling_of
 from worker.memory_ladder import How, Rung, tiled
+from worker.numerical_safety import finite_chunks, is_finite
 from worker.stages import ChunkStream, HostChunk, Timer, Work
 from worker.vae_pool import LoadedVae
 
@@ -26,18 +29,55 @@ HandOn = Callable[[Work, ChunkStream], None]
 
 
 def plan_of(request: DecodeRequest, vae: LoadedVae, *, batch: int) -> Plan:
-    """How latents of this request are decoded with this VAE."""
-    layout = LatentLayout(request.layout)
+    """How latents of this request are decoded with this VAE.
+
+    Raises:
+        WeightsMismatch: the VAE is not the one the pipeline had.
+        InvalidOption: a factor that contradicts the VAE's statistics.
+    """
+    check_identity(request, vae)
+    entry = vae.entry
     return Plan(
-        layout=layout,
-        scaling=scaling_of(vae.module.config, scaling_factor=request.scaling_factor, shift_factor=request.shift_factor),
+        layout=LatentLayout(request.layout),
+        scaling=scaling_of(
+            vae.module,
+            scaling_factor=request.scaling_factor,
+            shift_factor=request.shift_factor,
+            sigma_data=request.sigma_data,
+        ),
         batch=batch,
         num_frames=request.num_frames,
         height=request.height,
         width=request.width,
-        spatial=vae.entry.spatial,
-        is_video=layout in (LatentLayout.VIDEO, LatentLayout.VIDEO_2D),
+        spatial=entry.spatial,
+        is_video=request.is_video,
+        state=request.latent_state,
+        facts=request.facts,
+        patch_size=request.patch_size or entry.patch_size,
+        temporal=entry.temporal,
+        frames=entry.frames,
+        resizes=entry.resizes,
+        imagenet=entry.pixels == "imagenet",
     )
+
+
+def check_identity(request: DecodeRequest, vae: LoadedVae) -> None:
+    """Whether this is the VAE that the pipeline had, as far as the client could tell.
+
+    Raises:
+        WeightsMismatch: another class, config or revision.
+    """
+    for name, wanted, found in (
+        ("vae_class", request.vae_class, vae.weights.get("class")),
+        ("vae_config", request.vae_config, vae.weights.get("config")),
+        ("vae_revision", request.vae_revision, vae.weights.get("revision")),
+    ):
+        if wanted is not None and wanted != found:
+            raise WeightsMismatch(
+                f"{name} of the pipeline's VAE is {wanted}, that of VAE {vae.entry.name} here is {found}: name the "
+                f"entry with the pipeline's own VAE, or submit without {name}",
+                field=name,
+            )
 
 
 def facts_of(vae: LoadedVae, *, mode: str, shared: int, how: How) -> dict[str, object]:
@@ -50,7 +90,7 @@ def facts_of(vae: LoadedVae, *, mode: str, shared: int, how: How) -> dict[str, o
         "mode": mode,
         "batch_jobs": shared,
         "rung": str(how.rung),
-        "tiling": how.rung is Rung.TILED,
+        "tiling": how.rung is Rung.TILED or vae.entry.tiled,
     }
 
 
@@ -79,35 +119,53 @@ class BatchDecoder:
         """
         self.waited_s = 0.0
         latents = works[0].latents if len(works) == 1 else torch.cat([work.latents for work in works])
-        plan = plan_of(works[0].request, vae, batch=latents.shape[0])
+        plan = plan_of(works[0].request, vae, batch=sum(work.request.batch for work in works))
         latents = latents.to(vae.device, non_blocking=True)
         for work in works:
             mode = str(work.request.mode or self._default_mode)
             work.decoded_by = facts_of(vae, mode=mode, shared=len(works), how=how)
+        run = self._encode if works[0].request.kind is Kind.ENCODE else self._run
         if how.rung is Rung.TILED:
             with tiled(vae.module):
-                self._run(vae, works, latents, plan, how)
+                run(vae, works, latents, plan, how)
         else:
-            self._run(vae, works, latents, plan, how)
+            run(vae, works, latents, plan, how)
+
+    def _encode(self, vae: LoadedVae, works: Sequence[Work], pixels: torch.Tensor, plan: Plan, how: How) -> None:
+        """One job, the other way round; encodes are alone in their bucket."""
+        (work,) = works
+        with Timer() as timer:
+            latents = encode_pixels(
+                vae.module, pixels, plan, seed=work.request.seed, items_per_call=how.items_per_call
+            ).cpu()
+        if not is_finite(latents):
+            raise NonFiniteOutput(f"the latents have NaN or Inf in {dtype_name(vae.dtype)}: load the VAE in float32")
+        work.timings_s["decode"] = timer.s
+        self._give(work, [HostChunk(latents)])
 
     def _run(self, vae: LoadedVae, works: Sequence[Work], latents: torch.Tensor, plan: Plan, how: How) -> None:
-        chunks = decode_chunks(vae.module, latents, plan, items_per_call=how.items_per_call)
-        if len(works) > 1:
-            self._hand_out(works, chunks, plan)
-        elif works[0].request.output is Output.TENSOR:
-            with Timer() as timer:
-                whole = join_chunks(list(chunks), plan).cpu()
-            works[0].timings_s["decode"] = timer.s
-            self._give(works[0], [HostChunk(whole)])
-        else:
-            self._stream(works[0], chunks, plan)
+        def note(before: int) -> None:
+            for work in works:
+                work.decoded_by |= {"upcast": "float32", "upcast_from": before}
+
+        chunks = finite_chunks(vae.module, latents, plan, items_per_call=how.items_per_call, on_upcast=note)
+        with contextlib.closing(chunks):  # weights that were widened go back before anybody else decodes
+            if len(works) > 1:
+                self._hand_out(works, chunks, plan)
+            elif works[0].request.output is Output.TENSOR:
+                with Timer() as timer:
+                    whole = join_chunks(list(chunks), plan).cpu()
+                works[0].timings_s["decode"] = timer.s
+                self._give(works[0], [HostChunk(whole)])
+            else:
+                self._stream(works[0], chunks, plan)
 
     def _hand_out(self, works: Sequence[Work], chunks: Iterator[torch.Tensor], plan: Plan) -> None:
         """Several jobs in one call: decoded as a whole first, since one failure must not hit half of them."""
         raw = works[0].request.output is Output.TENSOR
         with Timer() as timer:
             decoded = join_chunks(list(chunks), plan)
-            whole = decoded.cpu() if raw else to_pixels(decoded).cpu()
+            whole = decoded.cpu() if raw else to_pixels(decoded, unit=plan.imagenet).cpu()
         start = 0
         for work in works:
             work.timings_s["decode"] = timer.s
@@ -136,7 +194,11 @@ class BatchDecoder:
             while True:
                 with Timer() as timer:
                     chunk = next(chunks, None)
-                    host = None if chunk is None else self._copier.start(to_pixels(clip_frames(chunk, plan)))
+                    host = (
+                        None
+                        if chunk is None
+                        else self._copier.start(to_pixels(clip_frames(chunk, plan), unit=plan.imagenet))
+                    )
                 if host is None:
                     break
                 spent_s += timer.s

@@ -7,39 +7,26 @@ which is run on the device so that only uint8 crosses to the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
 
-from broker_config.latent_geometry import LatentLayout
-from worker.latent_layouts import Scaling, to_vae_input
+from broker_config.errors import InvalidOption
+from broker_config.latent_geometry import LatentLayout, LatentState
+from worker.latent_layouts import Plan, finish, to_vae_input
+from worker.latent_layouts.frames import unfold_frames
 
 #: Frames an image VAE decodes in one call (pipeline_animatediff.py `__call__`, decode_chunk_size=16).
 FRAMES_PER_CALL: Final = 16
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """How latents of one shape are decoded."""
-
-    layout: LatentLayout
-    scaling: Scaling
-    #: Pictures or clips.
-    batch: int
-    #: Frames of each clip; 1 for pictures.
-    num_frames: int
-    #: Pixels.
-    height: int
-    width: int
-    #: Pixels per latent pixel.
-    spatial: int
-    is_video: bool
+#: Layouts whose frames are folded into the batch.
+_FOLDED: Final = frozenset({LatentLayout.VIDEO_2D, LatentLayout.FRAMES_2D})
 
 
 def decode_chunks(
-    vae: Any, latents: torch.Tensor, plan: Plan, *, items_per_call: int | None = None
+    vae: Any, latents: torch.Tensor, plan: Plan, *, items_per_call: int | None = None, first: int = 0
 ) -> Iterator[torch.Tensor]:
     """The VAE's own output, in pieces, each as soon as the device has it.
 
@@ -49,26 +36,80 @@ def decode_chunks(
         plan: sizes and scaling.
         items_per_call: pictures or clips in one call of the VAE (of an image VAE: at most 16 of the clips' frames);
             None: as many as the pipeline takes. Fewer need less memory and may differ from the pipeline in last bits.
+        first: pieces that are not wanted again.
 
     Yields:
         Pictures: (n, 3, H, W), all B at once unless `items_per_call` is smaller. Clips of a video VAE:
         (n, 3, F, H, W). Clips of an image VAE: (n, 3, H, W), n ≤ 16 frames of the folded batch, in order.
+        Four channels instead of three where the VAE makes RGBA.
+
+    Raises:
+        InvalidOption: the VAE needs a fact the job lacks, or cannot do what the job asks.
     """
     with torch.inference_mode():
         latents = latents.to(device=vae.device, dtype=vae.dtype)
-        vae_input = to_vae_input(
-            latents,
-            layout=plan.layout,
-            scaling=plan.scaling,
-            height=plan.height,
-            width=plan.width,
-            spatial=plan.spatial,
+        vae_input = to_vae_input(latents, plan)
+        vae_input, timestep = mix_noise(vae_input, vae, plan)
+        call = _CALLS.get(plan.layout, _whole)
+        step = step_of(vae_input.shape[0], plan, items_per_call)
+        for start in range(first * step, vae_input.shape[0], step):
+            part = vae_input[start : start + step]
+            keywords = {} if timestep is None else {"temb": timestep[start : start + step]}
+            part_plan = dataclasses.replace(plan, batch=max(1, plan.batch * part.shape[0] // vae_input.shape[0]))
+            yield finish(call(vae, part, part_plan, keywords), part_plan)
+
+
+def step_of(count: int, plan: Plan, items_per_call: int | None) -> int:
+    """Elements of the VAE's batch in one call.
+
+    Args:
+        count: elements in all.
+        plan: how many pictures or clips they are.
+        items_per_call: pictures or clips in one call; None: as many as the pipeline takes.
+    """
+    if plan.layout is LatentLayout.ITEM_PATCHES:
+        return 1  # pipeline_joyimage_edit_plus.py `__call__` decodes its pictures in a loop
+    items = plan.batch if items_per_call is None else min(plan.batch, items_per_call)
+    step = max(1, items * (count // plan.batch))
+    if plan.layout in _FOLDED:
+        # pipeline_stable_video_diffusion.py `__call__`: decode_chunk_size is the clip's number of frames
+        usual = plan.num_frames if plan.layout is LatentLayout.FRAMES_2D else FRAMES_PER_CALL
+        step = min(plan.facts.frames_per_call or usual, step)
+    return step
+
+
+def mix_noise(vae_input: torch.Tensor, vae: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a VAE with timestep conditioning takes: latents with some noise, and the timestep of each.
+
+    The noise is the first thing drawn from a CPU generator of the job's seed, as for a pipeline that is given its
+    latents and `generator=torch.Generator("cpu").manual_seed(seed)`.
+
+    Source: pipelines/ltx/pipeline_ltx.py `LTXPipeline.__call__`; utils/torch_utils.py `randn_tensor`.
+
+    Raises:
+        InvalidOption: `decode_timestep` or `seed` is missing; or they are given and mean nothing to this VAE.
+    """
+    facts, wanted = plan.facts, bool(vae.config.get("timestep_conditioning", False))
+    if not wanted:
+        if facts.decode_timestep is not None and "timestep_conditioning" not in vae.config:
+            raise InvalidOption("decode_timestep means nothing to this VAE: leave it out", field="decode_timestep")
+        return vae_input, None
+    if plan.latent_state is LatentState.DENORMALISED:
+        raise InvalidOption(
+            "state is denormalised, but this VAE mixes noise into latents that are still normalised", field="state"
         )
-        step = plan.batch if items_per_call is None else min(plan.batch, items_per_call)
-        if plan.layout is LatentLayout.VIDEO_2D:  # the clips' frames are folded into the batch
-            step = min(FRAMES_PER_CALL, step * plan.num_frames)
-        for start in range(0, vae_input.shape[0], step):
-            yield vae.decode(vae_input[start : start + step], return_dict=False)[0]
+    for name in ("decode_timestep", "seed"):
+        if getattr(facts, name) is None:
+            raise InvalidOption(f"{name} is missing, which this VAE decodes by", field=name)
+    assert facts.decode_timestep is not None
+    assert facts.seed is not None
+    scale = facts.decode_timestep if facts.decode_noise_scale is None else facts.decode_noise_scale
+    generator = torch.Generator("cpu").manual_seed(facts.seed)
+    noise = torch.randn(vae_input.shape, generator=generator, dtype=vae_input.dtype).to(vae_input.device)
+    batch = vae_input.shape[0]
+    timestep = torch.tensor([facts.decode_timestep] * batch, device=vae_input.device, dtype=vae_input.dtype)
+    share = torch.tensor([scale] * batch, device=vae_input.device, dtype=vae_input.dtype)[:, None, None, None, None]
+    return (1 - share) * vae_input + share * noise, timestep
 
 
 def join_chunks(chunks: list[torch.Tensor], plan: Plan) -> torch.Tensor:
@@ -76,21 +117,17 @@ def join_chunks(chunks: list[torch.Tensor], plan: Plan) -> torch.Tensor:
 
     Returns:
         (B, 3, H, W) for pictures, (B, 3, F, H, W) for clips.
-
-    Source for folded frames: pipeline_animatediff.py `decode_latents` (float32, whatever the VAE's dtype).
     """
     whole = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
-    if plan.layout is LatentLayout.VIDEO_2D:
-        # B·F, 3, H, W → B, F, 3, H, W → B, 3, F, H, W
-        return whole.reshape(plan.batch, plan.num_frames, *whole.shape[1:]).permute(0, 2, 1, 3, 4).float()
-    return whole
+    return unfold_frames(whole, num_frames=plan.num_frames) if plan.layout in _FOLDED else whole
 
 
-def to_pixels(decoded: torch.Tensor) -> torch.Tensor:
+def to_pixels(decoded: torch.Tensor, *, unit: bool = False) -> torch.Tensor:
     """Decoded floats to uint8 pixels, on their device.
 
     Args:
         decoded: (…, 3, H, W) in [-1, 1], any float dtype.
+        unit: whether they are in [0, 1] already.
 
     Returns:
         (…, H, W, 3) uint8: the values PIL images of the pipeline have.
@@ -99,13 +136,61 @@ def to_pixels(decoded: torch.Tensor) -> torch.Tensor:
     the VAE's dtype), `pt_to_numpy` (to float32), `numpy_to_pil` ((x·255) rounded half to even).
     """
     with torch.inference_mode():
-        unit = (decoded * 0.5 + 0.5).clamp(0, 1)
-        return unit.float().mul(255).round().to(torch.uint8).movedim(-3, -1)
+        values = decoded if unit else (decoded * 0.5 + 0.5).clamp(0, 1)
+        return values.float().mul(255).round().to(torch.uint8).movedim(-3, -1)
 
 
 def clip_frames(chunk: torch.Tensor, plan: Plan) -> torch.Tensor:
     """A chunk of a clip as frames in order: (n, 3, H, W), the clips of a batch one after the other."""
-    if plan.layout is LatentLayout.VIDEO_2D or not plan.is_video:
+    if plan.layout in _FOLDED or not plan.is_video:
         return chunk
     # B, 3, F, H, W → B, F, 3, H, W → B·F, 3, H, W
     return chunk.transpose(1, 2).flatten(0, 1)
+
+
+Call = Callable[[Any, torch.Tensor, Plan, Mapping[str, Any]], torch.Tensor]
+
+
+def _whole(vae: Any, vae_input: torch.Tensor, plan: Plan, keywords: Mapping[str, Any]) -> torch.Tensor:
+    decoded: torch.Tensor = vae.decode(vae_input, return_dict=False, **keywords)[0]
+    return decoded
+
+
+def _frames_2d(vae: Any, vae_input: torch.Tensor, plan: Plan, keywords: Mapping[str, Any]) -> torch.Tensor:
+    """A group of frames; a VAE that mixes neighbouring frames is told how many there are.
+
+    Source: pipelines/stable_video_diffusion/pipeline_stable_video_diffusion.py `decode_latents`.
+    """
+    if "num_frames" in inspect.signature(vae.forward).parameters:
+        keywords = {**keywords, "num_frames": vae_input.shape[0]}
+    return _whole(vae, vae_input, plan, keywords)
+
+
+def _reasoned(vae: Any, vae_input: torch.Tensor, plan: Plan, keywords: Mapping[str, Any]) -> torch.Tensor:
+    """The frames that lead to the edit, then those of the edit, decoded apart.
+
+    Source: pipelines/chronoedit/pipeline_chronoedit.py `ChronoEditPipeline.__call__` (enable_temporal_reasoning).
+    """
+    if vae_input.shape[2] <= 2:
+        return _whole(vae, vae_input, plan, keywords)
+    edit = _whole(vae, vae_input[:, :, [0, -1]], plan, keywords)
+    reasoning = _whole(vae, vae_input[:, :, :-1], plan, keywords)
+    return torch.cat([reasoning, edit[:, :, 1:]], dim=2)
+
+
+def _in_chunks(vae: Any, vae_input: torch.Tensor, plan: Plan, keywords: Mapping[str, Any]) -> torch.Tensor:
+    """A few latent frames at a time, each group afresh.
+
+    Source: pipelines/helios/pipeline_helios.py `HeliosPipeline.__call__`.
+    """
+    assert plan.facts.frames_per_call is not None, "checked at submit"
+    groups = torch.split(vae_input, plan.facts.frames_per_call, dim=2)
+    parts = [_whole(vae, part, plan, keywords) for part in groups]
+    return torch.cat(parts, dim=2)[:, :, : plan.num_frames]
+
+
+_CALLS: Final[Mapping[LatentLayout, Call]] = {
+    LatentLayout.FRAMES_2D: _frames_2d,
+    LatentLayout.VIDEO_REASONED: _reasoned,
+    LatentLayout.VIDEO_CHUNKS: _in_chunks,
+}

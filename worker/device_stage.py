@@ -27,7 +27,7 @@ from worker.memory_ladder import (
     rungs,
 )
 from worker.stages import Abandoned, Failure, Stopwatch, StreamClosed, Timer, Work, failure_of
-from worker.vae_pool import LoadedVae
+from worker.vae_pool import LoadedVae, can_tile
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,8 @@ class DeviceStage:
             pixels_per_item=request.pixels // request.batch,
             free=free_bytes(vae.device),
         )
-        ways = list(rungs(items=request.batch, first=fits, low_memory=False, tiling_allowed=request.allow_tiling))
+        tiling_allowed = request.allow_tiling and can_tile(vae.module)
+        ways = list(rungs(items=request.batch, first=fits, low_memory=False, tiling_allowed=tiling_allowed))
         ways.insert(0, ways[0])  # the first way once more, after room was made
         failure: Failure | None = None
         for number, how in enumerate(ways):

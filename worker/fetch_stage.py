@@ -152,9 +152,10 @@ class FetchStage:
         asked: list[tuple[Claim, DecodeRequest]] = []
         for claim in claims:
             try:
-                if handlers.kind_of(claim.rq_data) != "decode":
-                    raise UnsupportedMessage("this worker decodes only")
-                asked.append((claim, DecodeRequest.from_wire(claim.message)))
+                request = DecodeRequest.from_wire(claim.message)
+                if handlers.kind_of(claim.rq_data) != request.kind:
+                    raise UnsupportedMessage(f"the job's function is not that of a message of kind {request.kind}")
+                asked.append((claim, request))
             except Exception as error:
                 self._reporter.fail(claim, failure_of(error), stage="fetch")
         with Timer() as timer:

@@ -187,7 +187,7 @@ def _stack_frames(work: Work, stream: ChunkStream) -> list[Encoded]:
     frames = [torch.from_numpy(frame) for frame in _frames(stream)]
     per_item = work.request.num_frames
     items = [torch.stack(frames[start : start + per_item]) for start in range(0, len(frames), per_item)]
-    is_clip = len(work.request.shape) == 5
+    is_clip = work.request.is_video
     return [_as_file(item if is_clip else item[0]) for item in items]
 
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Final, NoReturn
 
 from broker_config.errors import UnsupportedMessage
-from broker_config.messages import DECODE_FUNCTION
+from broker_config.messages import DECODE_FUNCTION, ENCODE_FUNCTION
 from broker_config.rq_format import called_function
 
 #: Function name in the job → kind of work.
-HANDLERS: Final[Mapping[str, str]] = {DECODE_FUNCTION: "decode"}
+HANDLERS: Final[Mapping[str, str]] = {DECODE_FUNCTION: "decode", ENCODE_FUNCTION: "encode"}
 
 
 def kind_of(rq_data: bytes) -> str:
@@ -33,3 +33,8 @@ def kind_of(rq_data: bytes) -> str:
 def decode(job_id: str) -> NoReturn:
     """What a stock `rq worker` would call."""
     raise UnsupportedMessage(f"job {job_id} needs `latentq worker`; a stock `rq worker` cannot decode latents")
+
+
+def encode(job_id: str) -> NoReturn:
+    """What a stock `rq worker` would call."""
+    raise UnsupportedMessage(f"job {job_id} needs `latentq worker`; a stock `rq worker` cannot encode pictures")

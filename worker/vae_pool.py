@@ -25,6 +25,7 @@ from huggingface_hub import snapshot_download
 
 from broker_config.errors import WeightsMismatch, WeightsMissing
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
+from broker_config.vae_identity import config_digest
 from worker.latent_io import torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,20 @@ class VaePool:
         # it is set (LinearAlgebra.cpp `should_fold`), also under inference_mode, and the last bits differ.
         module = _from_pretrained(entry, folder, dtype).to(self._device).eval()
         size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-        weights = {"weights": entry.weights, "sha256": _digest(folder), "class": str(config["_class_name"])}
+        if entry.tiled:
+            module.enable_tiling()
+        digest = config_digest(module.config)  # of the module: what the file leaves out has the class's default
+        if entry.config_digest not in (None, digest):
+            raise WeightsMismatch(
+                f"the config of VAE {entry.name} has digest {digest}, the catalogue says {entry.config_digest}",
+                field="config_digest",
+            )
+        weights = {
+            "weights": entry.weights,
+            "sha256": _digest(folder),
+            "class": str(config["_class_name"]),
+            "config": digest,
+        }
         if revision:
             weights["revision"] = revision
         return LoadedVae(entry=entry, module=module, dtype=dtype, device=self._device, weights=weights, size_bytes=size)
@@ -163,6 +177,11 @@ def _from_pretrained(entry: VaeEntry, folder: Path, dtype: torch.dtype) -> Any:
             f"({type(error).__name__}: {reason}): fetch them again, or correct [{entry.name}] in the catalogue",
             field="weights",
         ) from error
+
+
+def can_tile(module: Any) -> bool:
+    """Whether `enable_tiling` changes how a VAE decodes: some classes raise, some set flags that nothing reads."""
+    return hasattr(module, "tiled_decode") or hasattr(module, "_tiled_decode")
 
 
 def default_dtype(entry: VaeEntry, device: torch.device) -> str:

@@ -47,8 +47,13 @@ def register(app: typer.Typer) -> None:
 
 def submit(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="safetensors file with one tensor of latents.")],
-    vae: Annotated[str, typer.Option(help="Catalogue entry; `latentq vaes` lists them.")],
+    vae: Annotated[str | None, typer.Option(help="Catalogue entry; `latentq vaes` lists them.")] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(metavar="CLASS", help="diffusers pipeline they are of: tells VAE and layout."),
+    ] = None,
     layout: Annotated[str | None, typer.Option(help="Latent layout, where the VAE takes several.")] = None,
+    state: Annotated[str | None, typer.Option(help="Normalisation the latents carry, if not the VAE's usual.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; needed for packed latents.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; needed for packed latents.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames of each clip.")] = None,
@@ -65,11 +70,12 @@ def submit(
     wait: OptWait = False,
 ) -> None:
     """Hand latents over; prints the job's id."""
+    named = {"vae": vae, "layout": layout, "state": state}
     with DecodeClient.from_env() as client:
         job = client.submit_file(
             file,
-            vae=vae,
-            layout=layout,
+            pipeline=pipeline,
+            **{name: value for name, value in named.items() if value is not None},
             height=height,
             width=width,
             num_frames=num_frames,

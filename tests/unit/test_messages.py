@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from broker_config.errors import InvalidOption, UnsupportedMessage
 from broker_config.keys import Priority
+from broker_config.latent_geometry import LatentState
 from broker_config.messages import (
     SCHEMA_VERSION,
     TRANSITIONS,
@@ -20,6 +21,7 @@ from broker_config.messages import (
     DecodeRequest,
     DecodeResult,
     JobStatus,
+    Kind,
     Mode,
     Output,
     check_job_id,
@@ -73,6 +75,19 @@ requests = st.builds(
     provenance=st.booleans(),
     allow_tiling=st.booleans(),
     source_job_id=st.none() | texts,
+    state=st.none() | st.sampled_from([str(item) for item in LatentState]),
+    patch_size=st.none() | st.integers(1, 4096),
+    layers=st.none() | st.integers(1, 4096),
+    additional_frames=st.none() | st.integers(0, 4096),
+    frames_per_call=st.none() | st.integers(1, 4096),
+    sigma_data=st.none() | st.floats(0.01, 1e6),
+    decode_timestep=st.none() | st.floats(0, 1),
+    decode_noise_scale=st.none() | st.floats(0, 1),
+    seed=st.none() | st.integers(0, 2**64 - 1),
+    vae_class=st.none() | st.just("AutoencoderKL"),
+    vae_config=st.none() | st.just("0123456789abcdef"),
+    vae_revision=st.none() | st.just("v1.0-rc.2"),
+    kind=st.sampled_from(Kind),
 )
 
 
@@ -228,7 +243,9 @@ def wire_of(**changes: Any) -> bytes:
 
 @pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 999])
 def test_a_newer_version_is_told_apart_and_says_to_upgrade(version: int) -> None:
-    with pytest.raises(UnsupportedMessage, match=f"schema_version is {version}.* up to 1: upgrade") as refusal:
+    with pytest.raises(
+        UnsupportedMessage, match=f"schema_version is {version}.* up to {SCHEMA_VERSION}: upgrade"
+    ) as refusal:
         DecodeRequest.from_wire(wire_of(schema_version=version))
     assert refusal.value.code == "unsupported_message"
 
@@ -339,3 +356,76 @@ def test_nothing_leaves_an_end_but_to_be_forgotten() -> None:
     for status in JobStatus:
         if status.is_terminal:
             assert TRANSITIONS[status] <= {JobStatus.EXPIRED}
+
+
+# Facts of the decode --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("state", "sideways"),
+        ("state", 1),
+        ("kind", "delete"),
+        ("patch_size", 0),
+        ("patch_size", 2.0),
+        ("patch_size", True),
+        ("patch_size", 4097),
+        ("layers", -1),
+        ("additional_frames", -1),
+        ("frames_per_call", 0),
+        ("sigma_data", 0),
+        ("sigma_data", "0.5"),
+        ("sigma_data", float("inf")),
+        ("decode_timestep", -0.1),
+        ("decode_timestep", 1.5),
+        ("decode_noise_scale", float("nan")),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("vae_class", "os.system"),
+        ("vae_config", "0123"),
+        ("vae_revision", "../main"),
+    ],
+)
+def test_a_fact_that_no_pipeline_has_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(UnsupportedMessage, match="cannot be read"):
+        DecodeRequest.from_wire(wire_of(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "version"),
+    [
+        ({}, 1),
+        ({"layout": "packed"}, 1),
+        ({"layout": "video_2d"}, 1),
+        ({"layout": "packed_frame"}, 2),
+        ({"state": "denormalised"}, 2),
+        ({"seed": 0}, 2),
+        ({"additional_frames": 0}, 2),
+        ({"kind": Kind.ENCODE}, 2),
+    ],
+)
+def test_a_message_asks_for_no_newer_reader_than_it_needs(changes: dict[str, Any], version: int) -> None:
+    assert dataclasses.replace(REQUEST, **changes).needed_version == version
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"state": "denormalised"},
+        {"patch_size": 1},
+        {"additional_frames": 2},
+        {"sigma_data": 0.5},
+        {"vae_config": "0123456789abcdef"},
+        {"decode_timestep": 0.05, "seed": 1},
+        {"kind": Kind.ENCODE},
+    ],
+)
+def test_jobs_that_differ_in_a_fact_never_share_a_batch(changes: dict[str, Any]) -> None:
+    assert dataclasses.replace(REQUEST, **changes).bucket != REQUEST.bucket
+
+
+def test_jobs_that_draw_noise_are_decoded_alone() -> None:
+    noisy = dataclasses.replace(REQUEST, decode_timestep=0.05, seed=1)
+    assert noisy.bucket != dataclasses.replace(noisy, job_id="j-2").bucket
+    assert REQUEST.bucket == dataclasses.replace(REQUEST, job_id="j-2").bucket

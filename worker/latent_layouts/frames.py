@@ -1,0 +1,93 @@
+"""Frames and channels: where they are in latents, where `decode` wants them, and where it leaves them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+
+#: The statistics pixels of ImageNet are normalised with, which MiniMax-H3's VAE returns them in
+#: (modular_pipelines/minimax_h3/modular_pipeline.py `MiniMaxH3ModularPipeline.pixel_mean`, `pixel_std`).
+IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+
+
+def fold_frames(latents: torch.Tensor) -> torch.Tensor:
+    """(B, C, F, h, w) → (B·F, C, h, w), for image VAEs that decode frame by frame.
+
+    Source: pipelines/animatediff/pipeline_animatediff.py `decode_latents`.
+    """
+    batch, channels, frames, rows, columns = latents.shape
+    # B, C, F, h, w → B, F, C, h, w → B·F, C, h, w
+    return latents.permute(0, 2, 1, 3, 4).reshape(batch * frames, channels, rows, columns)
+
+
+def unfold_frames(decoded: torch.Tensor, *, num_frames: int) -> torch.Tensor:
+    """(B·F, 3, H, W) → (B, 3, F, H, W), float32 whatever the VAE's dtype.
+
+    Source: pipelines/animatediff/pipeline_animatediff.py `decode_latents`.
+    """
+    # B·F, 3, H, W → B, F, 3, H, W → B, 3, F, H, W
+    return decoded.reshape(-1, num_frames, *decoded.shape[1:]).permute(0, 2, 1, 3, 4).float()
+
+
+def frames_first(latents: torch.Tensor, *, skip: int) -> torch.Tensor:
+    """(B, f, C, h, w) → (B, C, f - skip, h, w).
+
+    Source: pipelines/cogvideo/pipeline_cogvideox.py `__call__` (additional_frames), `decode_latents`.
+    """
+    return latents[:, skip:].permute(0, 2, 1, 3, 4)
+
+
+def channels_last(latents: torch.Tensor) -> torch.Tensor:
+    """(B, f, h, w, C) → (B, C, f, h, w).
+
+    Source: pipelines/kandinsky5/pipeline_kandinsky.py `Kandinsky5T2VPipeline.__call__`. Not made contiguous: there the
+    VAE gets the strides of channels last, too, for which convolutions have other kernels.
+    """
+    return latents.permute(0, 4, 1, 2, 3)
+
+
+def split_frame_pairs(latents: torch.Tensor) -> torch.Tensor:
+    """(B, 2·C, f, h, w) → (B, C, 2·f - 1, h, w): channels hold two frames, of which the very first is left out.
+
+    Source: pipelines/hunyuan_image/pipeline_hunyuanimage_refiner.py `_restore_image_tokens_order`.
+    """
+    batch, channels, frames, rows, columns = latents.shape
+    latents = latents.permute(0, 2, 1, 3, 4)  # B, f, 2·C, h, w
+    latents = latents.reshape(batch, frames * 2, channels // 2, rows, columns)  # B, 2·f, C, h, w
+    return latents.permute(0, 2, 1, 3, 4)[:, :, 1:]  # B, C, 2·f - 1, h, w
+
+
+def resize_and_crop(decoded: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
+    """(n, 3, H, W) or (n, 3, F, H, W) scaled so that it covers height × width, then cropped from the middle.
+
+    Sources: image_processor.py `PixArtImageProcessor.resize_and_crop_tensor`, video_processor.py
+    `VideoProcessor.resize_and_crop_tensor`.
+    """
+    found_height, found_width = decoded.shape[-2:]
+    if (found_height, found_width) == (height, width):
+        return decoded
+    ratio = max(height / found_height, width / found_width)
+    size = int(found_height * ratio), int(found_width * ratio)
+    is_clip = decoded.ndim == 5
+    batch = decoded.shape[0]
+    if is_clip:  # n, 3, F, H, W → n·F, 3, H, W
+        decoded = decoded.permute(0, 2, 1, 3, 4).flatten(0, 1)
+    decoded = F.interpolate(decoded, size=size, mode="bilinear", align_corners=False)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    decoded = decoded[:, :, top : top + height, left : left + width]
+    if is_clip:  # n·F, 3, H, W → n, F, 3, H, W → n, 3, F, H, W
+        decoded = decoded.reshape(batch, -1, *decoded.shape[1:]).permute(0, 2, 1, 3, 4)
+    return decoded
+
+
+def undo_imagenet(decoded: torch.Tensor) -> torch.Tensor:
+    """(n, 3, F, H, W) normalised as ImageNet's pixels → the same in [0, 1], float32.
+
+    Source: modular_pipelines/minimax_h3/decoders.py `MiniMaxH3VideoDecodeStep.__call__`.
+    """
+    mean = torch.tensor(IMAGENET_MEAN, device=decoded.device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=decoded.device).view(1, -1, 1, 1, 1)
+    return (decoded.float() * std + mean).clamp(0, 1)
