@@ -22,7 +22,7 @@ from worker.lowmem_decode.steps import Attention, Program, Resnet, Step, Upsampl
 _BUDGET: Final = 1.6
 _LEAN_BUDGET: Final = 1.0
 #: A strip is this part of the largest activation: up to four strips are held at once.
-_STRIPS: Final = 32
+_STRIPS: Final = 64
 #: Memory of attention scores, as a part of the largest activation.
 _SCORES: Final = 8
 

@@ -16,6 +16,7 @@ from worker.lowmem_decode.activation import Activation, Recomputed, Stored, conv
 from worker.lowmem_decode.arrangement import Arrangement, arrange, largest_activation
 from worker.lowmem_decode.attention import run_attention
 from worker.lowmem_decode.group_norm import Affine, GroupStatistics, normalise
+from worker.lowmem_decode.host_memory import give_back
 from worker.lowmem_decode.resnet import ResnetRun
 from worker.lowmem_decode.row_conv import Conv3x3, rows_of
 from worker.lowmem_decode.steps import Attention, Entry, Head, Program, Resnet, Upsample, groups_of
@@ -127,6 +128,8 @@ class _ItemDecode:
         following = (*self._program.steps[1:], self._program.head)
         statistics = self._read_through(now, self._program.steps[0])
         for number, (step, after) in enumerate(zip(self._program.steps, following, strict=True)):
+            if self._program.device.type == "cpu":
+                give_back()
             groups = groups_of(after)
             gathered = None if groups is None else GroupStatistics(groups)
             if isinstance(step, Resnet):
