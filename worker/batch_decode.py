@@ -8,11 +8,14 @@ for its copy (`HostChunk.get`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
 from broker_config.latent_geometry import LatentLayout
 from broker_config.messages import DecodeRequest, Output
+from worker import lowmem_decode
 from worker.decode import Plan, clip_frames, decode_chunks, join_chunks, to_pixels
 from worker.latent_io import dtype_name
 from worker.latent_layouts import scaling_of
@@ -53,6 +56,15 @@ def facts_of(vae: LoadedVae, *, mode: str, shared: int, how: How) -> dict[str, o
     }
 
 
+def sample_decoder(module: Any, rung: Rung) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What decodes on a rung, if it is not the module's own `decode`."""
+    if rung is Rung.LOW_MEMORY:
+        return partial(lowmem_decode.decode, module)
+    if rung is Rung.LEAN:
+        return partial(lowmem_decode.decode, module, lean=True)
+    return None
+
+
 class BatchDecoder:
     """Runs the decodes of one device."""
 
@@ -87,7 +99,9 @@ class BatchDecoder:
             self._run(vae, works, latents, plan, how)
 
     def _run(self, vae: LoadedVae, works: Sequence[Work], latents: torch.Tensor, plan: Plan, how: How) -> None:
-        chunks = decode_chunks(vae.module, latents, plan, items_per_call=how.items_per_call)
+        chunks = decode_chunks(
+            vae.module, latents, plan, items_per_call=how.items_per_call, decode=sample_decoder(vae.module, how.rung)
+        )
         if len(works) > 1:
             self._hand_out(works, chunks, plan)
         elif works[0].request.output is Output.TENSOR:

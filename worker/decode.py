@@ -7,7 +7,7 @@ which is run on the device so that only uint8 crosses to the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -39,7 +39,12 @@ class Plan:
 
 
 def decode_chunks(
-    vae: Any, latents: torch.Tensor, plan: Plan, *, items_per_call: int | None = None
+    vae: Any,
+    latents: torch.Tensor,
+    plan: Plan,
+    *,
+    items_per_call: int | None = None,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[torch.Tensor]:
     """The VAE's own output, in pieces, each as soon as the device has it.
 
@@ -49,6 +54,7 @@ def decode_chunks(
         plan: sizes and scaling.
         items_per_call: pictures or clips in one call of the VAE (of an image VAE: at most 16 of the clips' frames);
             None: as many as the pipeline takes. Fewer need less memory and may differ from the pipeline in last bits.
+        decode: takes what `vae.decode` takes and returns its sample; None: `vae.decode` itself.
 
     Yields:
         Pictures: (n, 3, H, W), all B at once unless `items_per_call` is smaller. Clips of a video VAE:
@@ -68,7 +74,8 @@ def decode_chunks(
         if plan.layout is LatentLayout.VIDEO_2D:  # the clips' frames are folded into the batch
             step = min(FRAMES_PER_CALL, step * plan.num_frames)
         for start in range(0, vae_input.shape[0], step):
-            yield vae.decode(vae_input[start : start + step], return_dict=False)[0]
+            part = vae_input[start : start + step]
+            yield vae.decode(part, return_dict=False)[0] if decode is None else decode(part)
 
 
 def join_chunks(chunks: list[torch.Tensor], plan: Plan) -> torch.Tensor:

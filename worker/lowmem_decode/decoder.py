@@ -7,7 +7,7 @@ are added: see docs/decode-speed.md for the differences measured. Items of a bat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from worker.lowmem_decode.resnet import ResnetRun
 from worker.lowmem_decode.row_conv import Conv3x3, rows_of
 from worker.lowmem_decode.steps import Attention, Entry, Head, Program, Resnet, Upsample, groups_of
 from worker.lowmem_decode.structure import UnsupportedStructure, read
+
+#: What a decode takes on a CPU besides its activations: oneDNN's and the BLAS's own buffers, code they generate.
+_ASIDE_BYTES: Final = 16 << 20
 
 OnProgress = Callable[[float], None]
 
@@ -58,6 +61,7 @@ def decode(
     Raises:
         UnsupportedStructure: the module is not understood; `supports` says so beforehand.
         ValueError: latents of another dtype, device or shape.
+        RuntimeError: out of memory; on a CPU with a limit of its address space before anything is run.
     """
     program = read(module)
     if z.ndim != 4 or z.shape[1] != program.latent_channels or not z.numel():
@@ -69,6 +73,7 @@ def decode(
     with torch.inference_mode():
         arrangement = arrange(program, height=z.shape[2], width=z.shape[3], lean=lean, strip_rows=strip_rows)
         scale = 2 ** sum(isinstance(step, Upsample) for step in program.steps)
+        _probe(arrangement.peak_bytes, z)
         picture = z.new_empty(z.shape[0], program.head.channels, z.shape[2] * scale, z.shape[3] * scale)
         progress = _Progress(arrangement, items=len(z), told=on_progress)
         for item, out in zip(z, picture, strict=True):
@@ -205,6 +210,15 @@ class _ItemDecode:
         for strip in made:
             picture[:, top : top + len(strip)] = strip.permute(2, 0, 1)
             top += len(strip)
+
+
+def _probe(needed_bytes: int, like: torch.Tensor) -> None:
+    """Fails where the address space is too small, while failing is harmless: oneDNN crashes when it gets no memory.
+
+    The memory is not touched, so it is not taken either.
+    """
+    if like.device.type == "cpu":
+        torch.empty(needed_bytes + _ASIDE_BYTES, dtype=torch.uint8)
 
 
 def _enter(entry: Entry, latent: torch.Tensor) -> torch.Tensor:
