@@ -10,23 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from worker import lowmem_decode
+from worker.decode_planner import DecodeMode
 from worker.memory_ladder import tiled
-
-
-class DecodeMode(StrEnum):
-    """One way to decode, as it is measured and planned."""
-
-    PLAIN = "plain"
-    TILED = "tiled"
-    LOW_MEMORY = "low_memory"
-    LEAN = "lean"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,10 +38,14 @@ def run_attention(block: Attention, rows: torch.Tensor, *, affine: Affine | None
         normed = torch.empty_like(rows)
         normalise(rows, affine, out=normed, silu=False)
     tokens = normed.reshape(1, height * width, channels)
-    query, key, value = (_split(_project(layer, tokens), block.heads) for layer in (block.query, block.key, block.value))
+    query, key, value = (
+        _split(_project(layer, tokens), block.heads) for layer in (block.query, block.key, block.value)
+    )
     del normed, tokens
     chunk = query_chunk(height * width, device=rows.device, score_bytes=score_bytes // block.heads)
-    attended = torch.cat([F.scaled_dot_product_attention(part, key, value) for part in query.split(chunk, dim=2)], dim=2)
+    attended = torch.cat(
+        [F.scaled_dot_product_attention(part, key, value) for part in query.split(chunk, dim=2)], dim=2
+    )
     # 1, heads, L, C / heads → H, W, C
     merged = attended.transpose(1, 2).reshape(height, width, -1)
     out = _project(block.out, merged)

@@ -49,7 +49,9 @@ def read(vae: Any) -> Program:
     entry, steps, head = reader(vae)
     parameters = list(vae.decoder.parameters())
     first = entry.conv.weight
-    _require(len(_met(entry, steps, head) & {id(p) for p in parameters}) == len(parameters), "it has further parameters")
+    _require(
+        len(_met(entry, steps, head) & {id(p) for p in parameters}) == len(parameters), "it has further parameters"
+    )
     _require(len({(p.dtype, p.device) for p in parameters}) == 1, "its parameters differ in dtype or device")
     _require(first.device.type != "meta", "its weights are not loaded")
     before = entry.before
