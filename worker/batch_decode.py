@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from broker_config.errors import NonFiniteOutput, WeightsMismatch
 from broker_config.latent_geometry import LatentLayout
 from broker_config.messages import DecodeRequest, Kind, Output
-from worker.decode import Plan, clip_frames, join_chunks, to_pixels
+from worker.decode import clip_frames, join_chunks, to_pixels
 from worker.encode import encode_pixels
 from worker.latent_io import dtype_name
-from worker.latent_layouts import scaling_of
+from worker.latent_layouts import Plan, scaling_of
+from worker.lowmem_decode import LowMemoryVae
 from worker.memory_ladder import How, Rung, tiled
 from worker.numerical_safety import finite_chunks, is_finite
 from worker.stages import ChunkStream, HostChunk, Timer, Work
@@ -94,6 +96,13 @@ def facts_of(vae: LoadedVae, *, mode: str, shared: int, how: How) -> dict[str, o
     }
 
 
+def on_rung(module: Any, rung: Rung) -> Any:
+    """The VAE as it is to be called on a rung."""
+    if rung in (Rung.LOW_MEMORY, Rung.LEAN):
+        return LowMemoryVae(module, lean=rung is Rung.LEAN)
+    return module
+
+
 class BatchDecoder:
     """Runs the decodes of one device."""
 
@@ -148,7 +157,9 @@ class BatchDecoder:
             for work in works:
                 work.decoded_by |= {"upcast": "float32", "upcast_from": before}
 
-        chunks = finite_chunks(vae.module, latents, plan, items_per_call=how.items_per_call, on_upcast=note)
+        chunks = finite_chunks(
+            on_rung(vae.module, how.rung), latents, plan, items_per_call=how.items_per_call, on_upcast=note
+        )
         with contextlib.closing(chunks):  # weights that were widened go back before anybody else decodes
             if len(works) > 1:
                 self._hand_out(works, chunks, plan)

@@ -11,6 +11,8 @@ import queue
 from collections.abc import Callable, Sequence
 
 from broker_config.errors import OutOfMemory
+from broker_config.messages import Kind
+from worker import lowmem_decode
 from worker.attempts import AttemptReporter
 from worker.batch_decode import BatchDecoder
 from worker.fetch_stage import Batch
@@ -133,8 +135,14 @@ class DeviceStage:
             pixels_per_item=request.pixels // request.batch,
             free=free_bytes(vae.device),
         )
-        tiling_allowed = request.allow_tiling and can_tile(vae.module)
-        ways = list(rungs(items=request.batch, first=fits, low_memory=False, tiling_allowed=tiling_allowed))
+        ways = list(
+            rungs(
+                items=request.batch,
+                first=fits,
+                low_memory=lowmem_decode.supports(vae.module) is None and request.kind is Kind.DECODE,
+                tiling_allowed=request.allow_tiling and can_tile(vae.module),
+            )
+        )
         ways.insert(0, ways[0])  # the first way once more, after room was made
         failure: Failure | None = None
         for number, how in enumerate(ways):
@@ -165,6 +173,8 @@ class DeviceStage:
         except Exception as error:
             logger.debug("decode failed", exc_info=error, extra={"action": "decode_failed"})
             return failure_of(error)
+        if how.rung not in (Rung.PLAIN, Rung.SPLIT):
+            return None  # the other rungs take less, and would make the plain one look small
         pixels = works[0].request.pixels // works[0].request.batch * how.items_per_call
         self.memory.learn(vae.entry.name, dtype=vae.dtype, pixels=pixels, used_bytes=meter.used_bytes)
         return None

@@ -6,7 +6,8 @@ of memory all the same, the next rung is tried, each giving up a little more:
 
     plain        every item in one call, as the pipeline does
     split        fewer items a call, down to one (what `enable_slicing` does; last bits may differ from plain)
-    low_memory   the low-memory decoder, exact, where there is one for the VAE
+    low_memory   the low-memory decoder, where there is one for the VAE: exact, in 1.6 times its largest activation
+    lean         the same, computing the largest activations again instead of storing them
     tiled        diffusers' tiling: not exact, only where the job allows it
 
 Before the first other rung the cache is emptied and every other VAE is evicted. The rung is recorded in the result.
@@ -41,6 +42,7 @@ class Rung(StrEnum):
     PLAIN = "plain"
     SPLIT = "split"
     LOW_MEMORY = "low_memory"
+    LEAN = "lean"
     TILED = "tiled"
 
 
@@ -69,6 +71,7 @@ def rungs(*, items: int, first: int, low_memory: bool, tiling_allowed: bool) -> 
         yield How(rung=Rung.SPLIT, items_per_call=per_call)
     if low_memory:
         yield How(rung=Rung.LOW_MEMORY, items_per_call=1)
+        yield How(rung=Rung.LEAN, items_per_call=1)
     if tiling_allowed:
         yield How(rung=Rung.TILED, items_per_call=1)
 

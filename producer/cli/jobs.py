@@ -15,6 +15,7 @@ from broker_config.errors import InvalidOption, JobNotFinished
 from broker_config.messages import Artifact, JobSnapshot, JobStatus
 from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
+from producer.cli.services import become
 from producer.client import DecodeClient
 from producer.job_handle import JobHandle
 
@@ -164,9 +165,17 @@ def ack(job_id: JobId) -> None:
 
 def vaes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show everything about one.")] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="Measure here how its decode would be run at this size."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the VAEs of the catalogue."""
+    if plan is not None:
+        if name is None:
+            raise InvalidOption("--plan needs the name of a VAE: latentq vaes NAME --plan 1024x1024", field="plan")
+        become("worker.plan", [name, "--size", plan, *(["--json"] if as_json else [])])
     catalog = VaeCatalog.load(load_settings().catalog)
     chosen = [catalog[name]] if name else list(catalog.values())
     if as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -48,14 +48,14 @@ def demo(
 
 def worker(context: typer.Context) -> None:
     """Run a worker: latentq worker --vae sdxl --vae flux --device cuda:0 (`--help` lists its options)."""
-    _become("worker", context.args)
+    become("worker", context.args)
 
 
 def janitor(context: typer.Context) -> None:
     """Run a janitor: returns jobs of dead workers, ends retention. Several may run; one leads."""
-    _become("worker.janitor", context.args)
+    become("worker.janitor", context.args)
 
 
-def _become(module: str, arguments: list[str]) -> None:
+def become(module: str, arguments: list[str]) -> NoReturn:
     """Replaces this process, so that signals and the exit status are the service's own."""
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606  no shell is involved

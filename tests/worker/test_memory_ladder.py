@@ -106,6 +106,13 @@ def test_what_fits_is_decoded_plain() -> None:
     assert result == {"failures": [], "evicted": 0, "rung": Rung.PLAIN, "equal": True}
 
 
+@pytest.mark.parametrize(("headroom_mb", "rung"), [(150, Rung.LOW_MEMORY), (100, Rung.LEAN)])
+def test_a_picture_that_does_not_fit_is_decoded_with_less_memory_and_exactly(headroom_mb: int, rung: Rung) -> None:
+    # an activation is 64 MiB: plain takes some four of them, low_memory 1.6, lean less than one
+    result = decode_capped(items=1, side=512, headroom_mb=headroom_mb)
+    assert result == {"failures": [], "evicted": result["evicted"], "rung": rung, "equal": True}
+
+
 def test_what_fits_on_no_rung_fails_with_its_own_code() -> None:
     result = decode_capped(items=1, side=512, headroom_mb=60)
     assert result["failures"] == ["out_of_memory"]
@@ -132,6 +139,7 @@ def test_the_low_memory_rung_comes_before_tiles() -> None:
     assert ways == [
         How(rung=Rung.PLAIN, items_per_call=1),
         How(rung=Rung.LOW_MEMORY, items_per_call=1),
+        How(rung=Rung.LEAN, items_per_call=1),
         How(rung=Rung.TILED, items_per_call=1),
     ]
 

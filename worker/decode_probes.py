@@ -1,0 +1,125 @@
+"""Fits the planner's cost model to decodes of growing size, once for each VAE, dtype and device.
+
+DESIGN. `CostModels.get` may be called from any thread; one fit runs at a time, under the VAE's lock, since it decodes.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from worker import lowmem_decode
+from worker.decode_meter import decoder_of, measure
+from worker.decode_planner import CostModel, DecodeMode, Line, Probe
+from worker.memory_ladder import first_guess
+
+#: Latent sizes probed, (batch, side): small ones tell the constant, large ones the slope.
+_SIZES: Final = ((1, 8), (4, 8), (1, 16), (1, 32), (1, 64))
+#: No larger probe after one that took so long: warm-up is to take seconds.
+_LONG_S: Final = 1.0
+#: Latent side at which memory is estimated by arithmetic for the line's second point; the first is half of it.
+_ARITHMETIC_SIDE: Final = 128
+
+
+def probes(module: Any, *, channels: int, spatial: int, device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
+    """Decodes random latents and says what each call took.
+
+    Args:
+        module: an image VAE.
+        channels: latent channels.
+        spatial: pixels per latent pixel.
+        device: where it is.
+        dtype: of its weights.
+    """
+    modes = [DecodeMode.PLAIN]
+    if lowmem_decode.supports(module) is None:
+        modes += [DecodeMode.LOW_MEMORY, DecodeMode.LEAN]
+    for mode in modes:
+        decode = decoder_of(module, mode)
+        measure(decode, torch.zeros(1, channels, 8, 8, device=device, dtype=dtype))  # warm
+        for batch, side in _SIZES:
+            latents = torch.randn(batch, channels, side, side, device=device).to(dtype)
+            took = measure(decode, latents)
+            pixels = batch * (side * spatial) ** 2
+            # beside other threads the resident set of a CPU process is not the decode's
+            peak = took.peak_bytes if device.type == "cuda" else 0
+            yield Probe(mode=mode, pixels=pixels, seconds=took.seconds, peak_bytes=peak)
+            if took.seconds > _LONG_S:
+                break
+
+
+def bytes_by_arithmetic(
+    module: Any, *, channels: int, spatial: int, device: torch.device, dtype: torch.dtype
+) -> dict[DecodeMode, Line]:
+    """Memory where it is known without a measurement: the low-memory modes, and on a CPU a guess for plain."""
+    known: dict[DecodeMode, Line] = {}
+    if device.type != "cuda":
+        known[DecodeMode.PLAIN] = Line(constant=0.0, slope=first_guess(module.config, device=device, dtype=dtype))
+    if lowmem_decode.supports(module) is None:
+        for mode, lean in ((DecodeMode.LOW_MEMORY, False), (DecodeMode.LEAN, True)):
+            shapes = [(1, channels, side, side) for side in (_ARITHMETIC_SIDE // 2, _ARITHMETIC_SIDE)]
+            known[mode] = Line.fit(
+                [
+                    ((shape[3] * spatial) ** 2, float(lowmem_decode.working_bytes(module, shape, dtype, lean=lean)))
+                    for shape in shapes
+                ]
+            )
+    return known
+
+
+def fit(module: Any, *, channels: int, spatial: int, device: torch.device, dtype: torch.dtype) -> CostModel:
+    """A cost model from probes run now."""
+    found = list(probes(module, channels=channels, spatial=spatial, device=device, dtype=dtype))
+    known = bytes_by_arithmetic(module, channels=channels, spatial=spatial, device=device, dtype=dtype)
+    return CostModel.fit(found, bytes_known=known)
+
+
+class CostModels:
+    """Cost models by VAE, dtype and device; fitted when first asked for."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        """Args:
+        file: where models are kept from one process to the next; None: nowhere.
+        """
+        self._file = file
+        self._lock = threading.Lock()
+        self._models: dict[str, CostModel] = {}
+        if file is not None and file.is_file():
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            self._models = {key: CostModel.from_wire(wire) for key, wire in stored.items()}
+
+    def get(
+        self, name: str, module: Any, *, channels: int, spatial: int, device: torch.device, dtype: torch.dtype
+    ) -> CostModel:
+        """The model of a loaded VAE. The caller holds the VAE's lock.
+
+        Args:
+            name: of the VAE and its weights.
+            module: the VAE.
+            channels: latent channels.
+            spatial: pixels per latent pixel.
+            device: where it is.
+            dtype: of its weights.
+        """
+        key = f"{name} {dtype} {_device_name(device)}"
+        with self._lock:
+            if key not in self._models:
+                self._models[key] = fit(module, channels=channels, spatial=spatial, device=device, dtype=dtype)
+                self._store()
+            return self._models[key]
+
+    def _store(self) -> None:
+        if self._file is not None:
+            wire = {key: model.to_wire() for key, model in self._models.items()}
+            self._file.write_text(json.dumps(wire, indent=1), encoding="utf-8")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} with {torch.get_num_threads()} threads"

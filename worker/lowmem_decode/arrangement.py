@@ -1,0 +1,223 @@
+"""What is stored and what is computed again: decided before a decode, by arithmetic on shapes.
+
+The largest activation of an AutoencoderKL is the result of its last upsample: the widest channels at full resolution.
+Stored, it and the hidden activation of the block after it are one and a half of it (mode 1). Computed again each time
+it is read, what remains is the block's hidden activation and the upsample's input, three quarters (lean); the blocks
+after it then give up their hidden activations too. Families of another shape need other choices, so none is written
+down here: each choice is the cheapest one that stays inside the budget.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from worker.lowmem_decode.attention import query_chunk
+from worker.lowmem_decode.group_norm import scratch_elements
+from worker.lowmem_decode.steps import Attention, Program, Resnet, Step, Upsample
+
+#: Working memory over the largest activation: what mode 1 and the lean mode may take.
+_BUDGET: Final = 1.6
+_LEAN_BUDGET: Final = 1.0
+#: A strip is this part of the largest activation: up to four strips are held at once.
+_STRIPS: Final = 64
+#: Memory of attention scores, as a part of the largest activation.
+_SCORES: Final = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a step stands: the sizes of its input."""
+
+    step: Step
+    height: int
+    width: int
+    channels: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arrangement:
+    """How one item is decoded."""
+
+    #: For each step: whether the result of an upsample, or the hidden activation of a block, is stored.
+    stores: tuple[bool, ...]
+    #: Bytes of a strip, unless its rows are given.
+    strip_bytes: int
+    #: Rows of every strip, if they are given.
+    strip_rows: int | None
+    #: Memory for the scores of attention.
+    score_bytes: int
+    #: Most memory held at once, above the weights and without latents and picture.
+    peak_bytes: int
+    #: Multiplications of each step, those done again included.
+    costs: tuple[float, ...]
+
+    def rows(self, *, width: int, channels: int, itemsize: int) -> int:
+        """Rows of a strip of an activation."""
+        return self.strip_rows or max(1, self.strip_bytes // (width * channels * itemsize))
+
+
+def places(program: Program, *, height: int, width: int) -> list[Place]:
+    """Each step with the sizes of its input, for latents of this size."""
+    found = []
+    channels = program.entry.channels
+    for step in program.steps:
+        found.append(Place(step=step, height=height, width=width, channels=channels))
+        if isinstance(step, Upsample):
+            height, width = height * 2, width * 2
+        channels = step.channels
+    return found
+
+
+def largest_activation(program: Program, *, height: int, width: int) -> int:
+    """Elements of the largest activation of one item, as the plain decode makes it."""
+    largest = height * width * program.entry.channels
+    for place in places(program, height=height, width=width):
+        grown = 4 if isinstance(place.step, Upsample) else 1
+        channels = max(place.channels, place.step.channels) if grown == 1 else place.step.channels
+        if isinstance(place.step, Upsample) and place.step.kind == "nearest":
+            channels = max(channels, place.channels)  # the repeated pixels
+        largest = max(largest, place.height * place.width * grown * channels)
+    return largest
+
+
+def arrange(program: Program, *, height: int, width: int, lean: bool, strip_rows: int | None) -> Arrangement:
+    """Chooses what is stored for latents of this size.
+
+    Args:
+        program: the decoder.
+        height: rows of the latents.
+        width: columns of the latents.
+        lean: whether the smaller budget holds.
+        strip_rows: rows of every strip; None: by size.
+    """
+    itemsize = program.dtype.itemsize
+    largest = largest_activation(program, height=height, width=width) * itemsize
+    draft = Arrangement(
+        stores=(),
+        strip_bytes=max(1, largest // _STRIPS),
+        strip_rows=strip_rows,
+        score_bytes=max(1, largest // _SCORES),
+        peak_bytes=0,
+        costs=(),
+    )
+    budget = int(largest * (_LEAN_BUDGET if lean else _BUDGET))
+    where = places(program, height=height, width=width)
+    stores: list[bool] = []
+    costs: list[float] = []
+    peak = 0
+    for group in _groups(where):
+        ways = [_Way.of(program, draft, group, choice) for choice in _choices(group)]
+        fitting = [way for way in ways if way.bytes <= budget]
+        way = min(fitting, key=lambda way: sum(way.costs)) if fitting else min(ways, key=lambda way: way.bytes)
+        stores += way.stores
+        costs += way.costs
+        peak = max(peak, way.bytes)
+    return Arrangement(
+        stores=tuple(stores),
+        strip_bytes=draft.strip_bytes,
+        strip_rows=strip_rows,
+        score_bytes=draft.score_bytes,
+        peak_bytes=peak,
+        costs=tuple(costs),
+    )
+
+
+def _groups(where: list[Place]) -> Iterator[list[Place]]:
+    """An upsample and the block that reads it are one choice; every other step is one by itself."""
+    number = 0
+    while number < len(where):
+        pair = where[number : number + 2]
+        together = len(pair) == 2 and isinstance(pair[0].step, Upsample) and isinstance(pair[1].step, Resnet)
+        yield pair if together else pair[:1]
+        number += 2 if together else 1
+
+
+def _choices(group: list[Place]) -> list[tuple[bool, ...]]:
+    if isinstance(group[0].step, Attention):
+        return [(True,)]
+    if len(group) == 1 and isinstance(group[0].step, Upsample):
+        return [(True,)]
+    return list(itertools.product((True, False), repeat=len(group)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Way:
+    """One way to run a group of steps."""
+
+    stores: tuple[bool, ...]
+    bytes: int
+    costs: tuple[float, ...]
+
+    @classmethod
+    def of(cls, program: Program, draft: Arrangement, group: list[Place], stores: tuple[bool, ...]) -> _Way:
+        first, last = group[0], group[-1]
+        itemsize = program.dtype.itemsize
+        if isinstance(first.step, Attention):
+            tokens = first.height * first.width
+            chunk = query_chunk(tokens, device=program.device, score_bytes=draft.score_bytes)
+            scores = 0 if program.device.type == "cpu" else 8 * tokens * chunk
+            cost = 4.0 * tokens * first.channels**2 + 2.0 * tokens**2 * first.channels
+            return cls(stores=stores, bytes=7 * tokens * first.channels * itemsize + scores, costs=(cost,))
+        upsample = first if isinstance(first.step, Upsample) else None
+        block = last if isinstance(last.step, Resnet) else None
+        held = 0
+        costs: list[float] = []
+        if upsample is not None:
+            held, cost = _upsample(upsample, draft, itemsize, stored=stores[0])
+            costs.append(cost * (1 if stores[0] else 3))
+        if block is not None:
+            again = upsample if upsample is not None and not stores[0] else None
+            needed, cost = _resnet(block, draft, program, again, keep_hidden=stores[-1])
+            held = max(held, needed)
+            costs.append(cost)
+        return cls(stores=stores, bytes=held, costs=tuple(costs))
+
+
+def _upsample(place: Place, draft: Arrangement, itemsize: int, *, stored: bool) -> tuple[int, float]:
+    """Bytes while it is run (or first read), and multiplications of one run."""
+    step = place.step
+    assert isinstance(step, Upsample)
+    low = place.height * place.width
+    taps = 4 * 4 * step.channels if step.kind == "nearest" else 9 * 4 * step.channels
+    held = low * place.channels + (4 * low * step.channels if stored else 0)
+    return held * itemsize + _upsample_strips(place, draft, itemsize), float(low * place.channels * taps)
+
+
+def _upsample_strips(place: Place, draft: Arrangement, itemsize: int) -> int:
+    """Bytes of the strips an upsample holds."""
+    step = place.step
+    width, channels = place.width * 2, step.channels
+    rows = min(draft.rows(width=width, channels=channels, itemsize=itemsize), place.height * 2) + 2
+    low = (rows // 2 + 3) * place.width * place.channels
+    # the strip itself, and the convolution's result before it is spread over it
+    return (low + rows * width * channels * 2) * itemsize
+
+
+def _resnet(
+    place: Place, draft: Arrangement, program: Program, again: Place | None, *, keep_hidden: bool
+) -> tuple[int, float]:
+    """Bytes while a block is run, and its multiplications."""
+    step = place.step
+    assert isinstance(step, Resnet)
+    itemsize = program.dtype.itemsize
+    pixels = place.height * place.width
+    hidden, out = step.hidden_channels, step.channels
+    held = again.height * again.width * again.channels if again is not None else pixels * place.channels
+    if keep_hidden:
+        held += pixels * hidden
+    elif again is not None or step.shortcut is not None:
+        held += pixels * out
+    rows = draft.rows(width=place.width, channels=max(place.channels, hidden), itemsize=itemsize)
+    rows = min(rows, place.height) + 3
+    first = rows * place.width * (place.channels + 2 * hidden)
+    second = rows * place.width * (hidden + 2 * out)
+    strips = max(first, second) if keep_hidden else first + second
+    if again is not None:
+        strips += rows * place.width * place.channels * (1 if keep_hidden else 2)
+    scratch = 4 * 2 * min(rows * place.width * place.channels, scratch_elements(program.device))
+    extra = _upsample_strips(again, draft, itemsize) if again is not None else 0
+    cost = 9.0 * pixels * hidden * (place.channels * (1 if keep_hidden else 2) + out)
+    return (held + strips) * itemsize + scratch + extra, cost

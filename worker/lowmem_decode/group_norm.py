@@ -1,0 +1,100 @@
+"""GroupNorm over an activation that is seen a few rows at a time.
+
+Mean and variance are those of the whole activation. Each piece gives its own mean and its own sum of squared
+deviations, in float32 and in two passes; the pieces are merged by Chan, Golub and LeVeque's formula (Updating formulae
+and a pairwise algorithm for computing sample variances, 1979), in float64 where the device has it. No term cancels, and
+nothing is left out: neither the variance between the pieces' means, nor a padding pixel put in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+
+#: Elements of a piece on a CPU: a piece and its float32 copy stay in a core's second-level cache (1 MB and up).
+_PIECE_CPU: Final = 1 << 17
+#: Elements of a piece elsewhere: large enough that a kernel's start costs nothing beside it.
+_PIECE_ELSEWHERE: Final = 1 << 21
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Affine:
+    """A GroupNorm whose statistics are known: y = x · scale + shift, for each channel, in float32."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+
+class GroupStatistics:
+    """Mean and variance of the groups of channels of one activation."""
+
+    def __init__(self, groups: int) -> None:
+        self._groups = groups
+        self._counts: list[int] = []
+        self._means: list[torch.Tensor] = []
+        self._squares: list[torch.Tensor] = []
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Takes in rows (h, W, C) that were not seen yet."""
+        channels = rows.shape[-1]
+        per_group = channels // self._groups
+        for piece in pieces(rows):
+            count = piece.shape[0] * piece.shape[1] * per_group
+            mean = piece.sum((0, 1), dtype=torch.float32).view(self._groups, per_group).sum(1) / count
+            centred = piece - mean.repeat_interleave(per_group)  # float32, whatever the activation is
+            squares = centred.square_().sum((0, 1)).view(self._groups, per_group).sum(1)
+            self._counts.append(count)
+            self._means.append(mean)
+            self._squares.append(squares)
+
+    def affine(self, norm: Any) -> Affine:
+        """The GroupNorm `norm` with these statistics.
+
+        Source: torch.nn.GroupNorm (biased variance, eps inside the root).
+        """
+        device = self._means[0].device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        counts = torch.tensor(self._counts, dtype=wide, device=device)[:, None]
+        means = torch.stack(self._means).to(wide)
+        total = counts.sum()
+        mean = (means * counts).sum(0) / total
+        between = ((means - mean).square() * counts).sum(0)
+        variance = (torch.stack(self._squares).to(wide).sum(0) + between) / total
+        per_group = norm.num_channels // self._groups
+        scale = (variance + norm.eps).rsqrt().repeat_interleave(per_group) * norm.weight.to(wide)
+        shift = norm.bias.to(wide) - mean.repeat_interleave(per_group) * scale
+        return Affine(scale=scale.float(), shift=shift.float())
+
+
+def normalise(rows: torch.Tensor, affine: Affine, *, out: torch.Tensor, silu: bool = True) -> None:
+    """Writes the normalised rows, and SiLU of them, to `out`. May be in place.
+
+    Both steps round to the activation's dtype, as `GroupNorm` and `SiLU` do one after the other.
+
+    Args:
+        rows: (h, W, C).
+        affine: of the whole activation.
+        out: (h, W, C), the dtype of `rows`.
+        silu: whether SiLU follows.
+    """
+    for piece, target in zip(pieces(rows), pieces(out), strict=True):
+        if rows.dtype == torch.float32:
+            torch.addcmul(affine.shift, piece, affine.scale, out=target)
+        else:
+            target.copy_(torch.addcmul(affine.shift, piece.float(), affine.scale))
+        if silu:
+            F.silu(target, inplace=True)
+
+
+def pieces(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows (h, W, C) in pieces of a size the device likes."""
+    step = max(1, scratch_elements(rows.device) // (rows.shape[1] * rows.shape[2]))
+    return rows.split(step)
+
+
+def scratch_elements(device: torch.device) -> int:
+    """Elements of a piece on this device."""
+    return _PIECE_CPU if device.type == "cpu" else _PIECE_ELSEWHERE

@@ -1,0 +1,29 @@
+"""A VAE whose `decode` takes little memory, for callers that expect a VAE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from worker.lowmem_decode.decoder import decode
+
+
+class LowMemoryVae:
+    """Stands in for a diffusers autoencoder; everything but `decode` is the module's own."""
+
+    def __init__(self, module: Any, *, lean: bool = False) -> None:
+        """Args:
+        module: an autoencoder that `supports` knows.
+        lean: recompute the last upsample convolution instead of keeping its output.
+        """
+        self._module = module
+        self._lean = lean
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def decode(self, z: torch.Tensor, *, return_dict: bool) -> tuple[torch.Tensor]:
+        """`(sample,)`, as `module.decode(z, return_dict=False)` gives it."""
+        assert not return_dict
+        return (decode(self._module, z, lean=self._lean),)

@@ -1,0 +1,114 @@
+"""`python -m worker.plan`: how a VAE's decode would be run on this device. `latentq vaes NAME --plan` starts this."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from broker_config.errors import ConfigurationError, LatentqError
+from broker_config.settings import load_settings
+from broker_config.vae_catalog import VaeCatalog
+from worker.decode_planner import CostModel, DecodeMode, plan
+from worker.decode_probes import fit
+from worker.latent_io import dtype_name
+from worker.memory_ladder import free_bytes
+from worker.vae_pool import LoadedVae, VaePool
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="latentq vaes", description="Shows how a decode would be run here.")
+    parser.add_argument("name", help="catalogue entry")
+    parser.add_argument("--size", required=True, type=_size, metavar="WIDTHxHEIGHT", help="pixels")
+    parser.add_argument("--items", type=int, default=1, help="pictures of the job")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="overrides the catalogue's")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args(argv)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d{0,5})[x×]([1-9]\d{0,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as in 1024x1024")
+    return int(match[1]), int(match[2])
+
+
+def report(vae: LoadedVae, model: CostModel, *, size: tuple[int, int], items: int) -> dict[str, Any]:
+    """What is printed: each mode's time and memory for the job, and the choice in both modes of a job."""
+    pixels = size[0] * size[1]
+    free = free_bytes(vae.device)
+    modes = {
+        str(mode): {
+            "seconds": model.seconds[mode].at(pixels),
+            "peak_bytes": int(model.bytes[mode].at(pixels)) if mode in model.bytes else None,
+            "items_that_fit": model.items_that_fit(mode, pixels_per_item=pixels, free_bytes=free),
+        }
+        for mode in DecodeMode
+        if mode in model.seconds
+    }
+    chosen = {
+        name: plan(model, items=items, pixels_per_item=pixels, free_bytes=free, exact_bits=name == "exact")
+        for name in ("exact", "fast")
+    }
+    return {
+        "vae": vae.entry.name,
+        "size": f"{size[0]}x{size[1]}",
+        "items": items,
+        "dtype": dtype_name(vae.dtype),
+        "device": str(vae.device),
+        "free_bytes": free,
+        "batch_budget_px": model.budget_px(),
+        "modes": modes,
+        "chosen": {
+            name: {"mode": str(way.mode), "items_per_call": way.items_per_call, "fits": way.fits}
+            for name, way in chosen.items()
+        },
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    lines = [
+        f"{found['vae']} at {found['size']} in {found['dtype']} on {found['device']}, "
+        f"{found['free_bytes'] / 1e9:.1f} GB free",
+        "",
+        f"{'mode':<12}{'seconds':>10}{'GB':>8}{'fit':>6}",
+    ]
+    for mode, row in found["modes"].items():
+        memory = "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
+        lines.append(f"{mode:<12}{row['seconds']:>10.3f}{memory:>8}{row['items_that_fit']:>6}")
+    lines.append("")
+    for name, way in found["chosen"].items():
+        note = "" if way["fits"] else " (does not fit: the least that can be tried)"
+        lines.append(f"mode {name}: {way['mode']}, {way['items_per_call']} a call{note}")
+    lines.append(f"jobs are worth batching up to {found['batch_budget_px']} pixels a call")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a plan; returns the exit status: 0 done, 2 not possible."""
+    arguments = _arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        catalog = VaeCatalog.load(load_settings().catalog)
+        if catalog[arguments.name].temporal != 1:
+            raise ConfigurationError(f"{arguments.name} is a video VAE: only image VAEs are planned")
+        pool = VaePool(catalog, device=torch.device(arguments.device), dtype=arguments.dtype)
+        vae = pool.get(arguments.name)
+        entry = vae.entry
+        model = fit(vae.module, channels=entry.channels, spatial=entry.spatial, device=vae.device, dtype=vae.dtype)
+    except LatentqError as error:
+        print(f"latentq vaes: {error.message} [{error.code}]", file=sys.stderr)
+        return 2
+    found = report(vae, model, size=arguments.size, items=arguments.items)
+    print(json.dumps(found, indent=2) if arguments.json else as_text(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
