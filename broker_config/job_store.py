@@ -311,11 +311,12 @@ class JobStore:
         vaes: Sequence[str],
         default_mode: Mode = Mode.EXACT,
         max_jobs: int = 1,
-        max_px: int = 0,
+        max_px: int | Mapping[str, int] = 0,
     ) -> list[Claim]:
         """Takes the next job of these VAEs and, in mode `fast`, up to `max_jobs - 1` behind it in its bucket.
 
-        The same token gets the same answer. `max_px` bounds the pixels of the jobs taken along.
+        The same token gets the same answer. `max_px` bounds the pixels of a batch, of all VAEs alike or of each; a job
+        larger than that is taken alone.
         """
         settings = self._settings
         deadline = rq_format.exc_string(str(StartDeadlinePassed()))
@@ -325,7 +326,6 @@ class JobStore:
             worker,
             round(settings.lease_s * 1000),
             max_jobs,
-            max_px,
             CLAIM_WINDOW,
             round(settings.ageing_s * 1000),
             SCHEMA_VERSION,
@@ -333,7 +333,7 @@ class JobStore:
             default_mode,
             rq_format.exc_string(_FOREIGN),
             _FOREIGN_TTL_S * 1000,
-            *vaes,
+            *(part for vae in vaes for part in (vae, max_px if isinstance(max_px, int) else max_px[vae])),
         )
         return [
             Claim(job_id.decode(), token, message, data, int(attempt), int(crashes))

@@ -109,14 +109,18 @@ class CostModel:
                     known[mode] = Line.fit(counted)
         return cls(seconds=seconds, bytes=known)
 
-    def budget_px(self, mode: DecodeMode = DecodeMode.PLAIN) -> int:
+    def budget_px(self, mode: DecodeMode = DecodeMode.PLAIN, *, overhead_s: float = 0.0) -> int:
         """Decoded pixels past which a larger call is hardly faster for each of them.
 
         With t = constant + slope · P, the time for a pixel is slope + constant / P: within 5 % of what it can
         fall to from P = constant / (0.05 · slope) on. 0: one item a call, whatever its size.
+
+        Args:
+            mode: how it is decoded.
+            overhead_s: what each call costs beside the decode; it counts with the constant.
         """
         line = self.seconds[mode]
-        return int(line.constant / (_WORTHWHILE * line.slope)) if line.slope > 0 else 0
+        return int((line.constant + overhead_s) / (_WORTHWHILE * line.slope)) if line.slope > 0 else 0
 
     def items_that_fit(self, mode: DecodeMode, *, pixels_per_item: int, free_bytes: int) -> int:
         """Items whose call stays inside the free memory; 0 if one does not."""

@@ -37,6 +37,7 @@ from worker.rq_adapter import RqPresence
 from worker.settings import WorkerSettings
 from worker.stages import Patience, Stopwatch
 from worker.vae_pool import VaePool, find_weights
+from worker.warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
 
@@ -178,17 +179,18 @@ class DecodeWorker:
             signal.signal(number, lambda *_: self.stop())
 
     def _load(self) -> None:
-        """Loads the VAEs, as many as the pool holds, before the worker says it is ready.
+        """Loads the VAEs and warms them up, as many as the pool holds, before the worker says it is ready.
 
         VAEs without usable weights here are not served.
         """
+        warm_up = WarmUp(calibrate=self._own.mode is Mode.FAST and self._own.max_batch_px is None)
         usable: list[str] = []
         errors: list[WorkerError] = []
         for name in self._own.vaes:
             try:
                 find_weights(self._catalog[name])
                 if not self.pool.is_full:
-                    self.pool.get(name)
+                    warm_up.run(self.pool.get(name))
                 usable.append(name)
             except (WeightsMissing, WeightsMismatch) as error:
                 errors.append(error)
@@ -196,7 +198,7 @@ class DecodeWorker:
         if not usable:
             raise _why_none(errors)
         self._own = self._own.model_copy(update={"vaes": tuple(usable)})
-        self._fetch.serve(self._own)
+        self._fetch.serve(self._own, budgets_px=warm_up.budgets_px)
 
     def _beat(self) -> None:
         ttl_s = self._settings.lease_s * 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 from uuid import uuid4
 
@@ -20,6 +20,7 @@ from worker.leases import LeaseKeeper
 from worker.settings import WorkerSettings
 from worker.stages import Abandoned, Patience, Timer, Work, failure_of
 from worker.vae_pool import LoadedVae, VaePool
+from worker.warm_up import USUAL_BUDGET_PX
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +53,17 @@ class FetchStage:
         self._leases = leases
         self._reporter = reporter
         self._patience = patience
+        self._max_px: dict[str, int] = {}
         self._stopping = threading.Event()
         self._paused_claims = threading.Semaphore(1)
         #: Batches ready for the device; at most one waits.
         self.ready: queue.Queue[Batch | None] = queue.Queue(maxsize=1)
 
-    def serve(self, settings: WorkerSettings) -> None:
-        """Takes over which VAEs are served, before `run`."""
+    def serve(self, settings: WorkerSettings, *, budgets_px: Mapping[str, int]) -> None:
+        """Takes over which VAEs are served, and how many pixels are worth one call of each, before `run`."""
         self._settings = settings
+        for vae in settings.vaes:
+            self._max_px[vae] = settings.max_batch_px or budgets_px.get(vae, USUAL_BUDGET_PX)
 
     def stop(self) -> None:
         """Claims nothing more. Safe from a signal handler."""
@@ -112,7 +116,7 @@ class FetchStage:
                     vaes=settings.vaes,
                     default_mode=mode,
                     max_jobs=settings.max_batch_jobs,
-                    max_px=settings.max_batch_px,
+                    max_px=self._max_px,
                 )
 
             try:

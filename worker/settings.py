@@ -48,11 +48,11 @@ class WorkerSettings(BaseSettings):
         default_factory=lambda: min(4, os.cpu_count() or 1), gt=0, description="Threads that encode images."
     )
     max_batch_jobs: int = Field(16, gt=0, description="Jobs in one batch in mode fast.")
-    max_batch_px: int = Field(
-        1_048_576,
+    max_batch_px: int | None = Field(
+        None,
         gt=0,
-        description="Decoded pixels of one batch in mode fast. Decode is compute-bound from 512² up: a larger "
-        "budget gains nothing.",
+        description="Decoded pixels of one batch in mode fast; unset: measured for each VAE when it is loaded, as the "
+        "size from which a larger call is hardly faster for each pixel.",
     )
     pool_bytes: int | None = Field(None, gt=0, description="Memory for loaded VAEs; unset: all of them stay loaded.")
     grace_s: float = Field(90.0, gt=0, description="Time to finish what the device holds after SIGTERM.")

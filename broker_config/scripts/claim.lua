@@ -1,14 +1,14 @@
 -- Takes the head of a queue and, when allowed, the jobs behind it in the same bucket.
--- ARGV: token, worker, lease_ms, max_jobs, max_px, window, ageing_ms, schema_version, deadline_exc,
---   default mode, foreign_exc, foreign_ttl_ms, then for each VAE: its name. Queues of a VAE are tried high,
---   normal, low.
+-- ARGV: token, worker, lease_ms, max_jobs, window, ageing_ms, schema_version, deadline_exc, default mode,
+--   foreign_exc, foreign_ttl_ms, then for each VAE: its name and the pixels of one batch. Queues of a VAE are tried
+--   high, normal, low.
 -- The token makes it safe to send again: the same token gets the same answer, and the one before it, which can only
 -- be a copy that was late on its way, gets nothing.
 -- Returns {{id, message, rq_data, attempt, crashes}, …}
 local token, worker, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local max_jobs, max_px, window = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local ageing_ms, schema, deadline_exc = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
-local foreign_exc, foreign_ttl_ms = ARGV[11], tonumber(ARGV[12])
+local max_jobs, window = tonumber(ARGV[4]), tonumber(ARGV[5])
+local ageing_ms, schema, deadline_exc, default_mode = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], ARGV[9]
+local foreign_exc, foreign_ttl_ms = ARGV[10], tonumber(ARGV[11])
 local memo = P .. 'claim:' .. worker
 local now = now_ms()
 
@@ -86,8 +86,8 @@ local function head_of(queue, vae)
   end
 end
 
-local best, best_rank
-for i = 13, #ARGV do
+local best, best_rank, max_px
+for i = 12, #ARGV, 2 do
   local vae = ARGV[i]
   if call('SISMEMBER', P .. 'paused', vae) == 0 then
     for rank, priority in ipairs({ 'high', 'normal', 'low' }) do
@@ -96,7 +96,7 @@ for i = 13, #ARGV do
         local effective = now - tonumber(rec.submitted_ms) > ageing_ms and 0 or rank
         if not best or effective < best_rank
           or (effective == best_rank and tonumber(rec.submitted_ms) < tonumber(best.submitted_ms)) then
-          best, best_rank = rec, effective
+          best, best_rank, max_px = rec, effective, tonumber(ARGV[i + 1])
         end
       end
     end
@@ -106,7 +106,7 @@ if not best then return {} end
 
 local chosen, px = { best }, tonumber(best.px)
 -- A job that was on the device when a process died runs alone, so that it can kill nobody else's attempt.
-local mode = best.mode ~= '' and best.mode or ARGV[10]
+local mode = best.mode ~= '' and best.mode or default_mode
 if mode == 'fast' and max_jobs > 1 and (best.crashes or '0') == '0' then
   for _, id in ipairs(call('LRANGE', RQ .. 'queue:' .. best.rq_queue, 1, window)) do
     if #chosen >= max_jobs then break end

@@ -526,6 +526,26 @@ def test_a_start_deadline_ends_a_job_that_no_worker_looks_at(queue: Queue) -> No
     assert queue.admin.zcard(keys.DEADLINES) == 0
 
 
+def test_each_vae_has_a_pixel_budget_of_its_own(queue: Queue) -> None:
+    jobs = {vae: [queue.submit(vae=vae) for _ in range(3)] for vae in ("sd", "flux")}
+    worker = queue.worker("worker-a", "sd", "flux")
+    budget_px = {"sd": 2 * PX, "flux": 3 * PX}
+    claimed = [
+        ids(
+            queue.store().claim(
+                token=f"t{number}",
+                worker=worker.name,
+                vaes=worker.vaes,
+                default_mode=Mode.FAST,
+                max_jobs=8,
+                max_px=budget_px,
+            )
+        )
+        for number in range(3)
+    ]
+    assert claimed == [jobs["sd"][:2], jobs["sd"][2:], jobs["flux"]]
+
+
 def test_a_job_that_ran_out_of_memory_is_tried_by_another_worker(queue: Queue) -> None:
     job, behind = queue.submit(), queue.submit()
     small, large = queue.worker("small"), queue.worker("large")
