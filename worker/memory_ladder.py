@@ -60,15 +60,17 @@ def rungs(*, items: int, first: int, low_memory: bool, tiling_allowed: bool) -> 
 
     Args:
         items: pictures or clips of the job.
-        first: items one call takes to begin with, by the estimate.
+        first: items one call takes to begin with, by the estimate. 0: not even one fits, so the low-memory decoder is
+            first if there is one; a host that is short of memory kills the process instead of saying so.
         low_memory: whether there is a low-memory decoder for the VAE.
         tiling_allowed: whether the job allows a decode that is not exact.
     """
-    per_call = max(1, min(first, items))
-    yield How(rung=Rung.PLAIN if per_call == items else Rung.SPLIT, items_per_call=per_call)
-    while per_call > 1:
-        per_call = (per_call + 1) // 2
-        yield How(rung=Rung.SPLIT, items_per_call=per_call)
+    if first > 0 or not low_memory:
+        per_call = max(1, min(first, items))
+        yield How(rung=Rung.PLAIN if per_call == items else Rung.SPLIT, items_per_call=per_call)
+        while per_call > 1:
+            per_call = (per_call + 1) // 2
+            yield How(rung=Rung.SPLIT, items_per_call=per_call)
     if low_memory:
         yield How(rung=Rung.LOW_MEMORY, items_per_call=1)
         yield How(rung=Rung.LEAN, items_per_call=1)
@@ -113,8 +115,9 @@ class MemoryModel:
 
 
 def items_that_fit(*, bytes_per_px: float, pixels_per_item: int, free: int) -> int:
-    """Items one call may take with `free` bytes; at least 1, since only trying tells."""
-    return max(1, int(free * _USABLE / max(1.0, bytes_per_px * pixels_per_item)))
+    """Items one call may take with `free` bytes; 0 only if one takes more than there is, not just more than is wise."""
+    item_bytes = max(1.0, bytes_per_px * pixels_per_item)
+    return max(1 if item_bytes <= free else 0, int(free * _USABLE / item_bytes))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -159,6 +159,14 @@ def test_the_first_guess_is_the_published_prototypes_memory() -> None:
     assert per_px * 512 * 512 == pytest.approx(1012e6, rel=0.1)
 
 
-def test_at_least_one_item_is_tried() -> None:
-    assert items_that_fit(bytes_per_px=4096, pixels_per_item=1 << 20, free=1) == 1
+def test_an_item_that_needs_more_than_there_is_does_not_fit_and_one_that_just_may_is_tried() -> None:
+    assert items_that_fit(bytes_per_px=4096, pixels_per_item=1 << 20, free=1) == 0
+    assert items_that_fit(bytes_per_px=1000, pixels_per_item=1000, free=1_000_000) == 1
     assert items_that_fit(bytes_per_px=1000, pixels_per_item=1000, free=10_000_000) == 8
+
+
+def test_what_cannot_fit_starts_with_the_low_memory_decoder_where_there_is_one() -> None:
+    ways = list(rungs(items=2, first=0, low_memory=True, tiling_allowed=False))
+    assert [str(how.rung) for how in ways] == ["low_memory", "lean"]
+    ways = list(rungs(items=2, first=0, low_memory=False, tiling_allowed=True))
+    assert [(str(how.rung), how.items_per_call) for how in ways] == [("split", 1), ("tiled", 1)]
