@@ -70,7 +70,7 @@ def submit(
     wait: OptWait = False,
 ) -> None:
     """Hand latents over; prints the job's id."""
-    named = {"vae": vae, "layout": layout, "state": state}
+    named: dict[str, Any] = {"vae": vae, "layout": layout, "state": state}
     with DecodeClient.from_env() as client:
         job = client.submit_file(
             file,
