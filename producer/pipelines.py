@@ -98,6 +98,13 @@ def lookup(name: str) -> PipelineEntry:
     )
 
 
+def served_by(vae: str) -> list[str]:
+    """Pipeline classes whose latents this entry decodes, unless a pipeline's own parts tell otherwise."""
+    from producer.pipeline_table import PIPELINES
+
+    return sorted(name for name, entry in PIPELINES.items() if entry.vae_of(None) == vae)
+
+
 def config_of(pipeline: Any, part: str) -> Mapping[str, Any]:
     """The config of a part of a pipeline; empty where it has no such part."""
     config = getattr(getattr(pipeline, part, None), "config", None)
