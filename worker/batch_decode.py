@@ -15,10 +15,10 @@ import torch
 from broker_config.errors import NonFiniteOutput, WeightsMismatch
 from broker_config.latent_geometry import LatentLayout
 from broker_config.messages import DecodeRequest, Kind, Output
-from worker.decode import Plan, clip_frames, join_chunks, to_pixels
+from worker.decode import clip_frames, join_chunks, to_pixels
 from worker.encode import encode_pixels
 from worker.latent_io import dtype_name
-from worker.latent_layouts import scaling_of
+from worker.latent_layouts import Plan, scaling_of
 from worker.memory_ladder import How, Rung, tiled
 from worker.numerical_safety import finite_chunks, is_finite
 from worker.stages import ChunkStream, HostChunk, Timer, Work

@@ -132,14 +132,7 @@ def zeros(*shape: int) -> Any:
     ids=lambda item: item["vae"] if isinstance(item, dict) else None,
 )
 def test_a_mismatch_is_refused_by_field_with_what_was_expected_and_found(
-    latents: Any,
-    options: dict[str, Any],
-    kind: Any,
-    code: str,
-    field: str,
-    expected: str,
-    found: str,
-    client: DecodeClient,
+    latents: Any, options: dict[str, Any], kind: Any, field: str, expected: str, found: str, client: DecodeClient
 ) -> None:
     with pytest.raises(kind) as refusal:
         client.submit(latents, **options)

@@ -53,11 +53,13 @@ def _ddim(name: str = "DDIMScheduler") -> Callable[[], Any]:
     return lambda: diffusers_class(name)()
 
 
-def _no_processor() -> Any:
+class _NoProcessor:
     """Qwen-Image 2.1 counts the tokens of its template as it is made."""
-    return SimpleNamespace(
-        apply_chat_template=lambda *_, **__: [[0, 1]], tokenizer=SimpleNamespace(encode=lambda text: [0])
-    )
+
+    tokenizer = SimpleNamespace(encode=lambda text: [0])
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> list[list[int]]:
+        return [[0, 1]]
 
 
 def _no_guidance() -> Any:
@@ -107,7 +109,7 @@ CASES = {
         pipeline="QwenImage21Pipeline",
         vae="qwen-image-21",
         denoiser={"in_channels": 64, "guidance_embeds": False},
-        parts={"processor": _no_processor},
+        parts={"processor": _NoProcessor},
         call={**_LARGE, "prompt_embeds": text, "prompt_embeds_mask": lambda: mask().bool(), "true_cfg_scale": 1.0},
         given=_LARGE,
     ),
@@ -296,7 +298,7 @@ def _catch_postprocessed(pipeline: Any) -> list[torch.Tensor]:
     original = getattr(processor, method)
 
     def noting(*args: Any, **options: Any) -> Any:
-        given = args[0] if args else options.get("video", options.get("image"))
+        given: Any = args[0] if args else options.get("video", options.get("image"))
         caught.append(given.clone())
         return original(*args, **options)
 
