@@ -22,8 +22,8 @@ from broker_config.vae_identity import config_digest
 #: Names an error lists.
 _NEAR_NAMES: Final = 5
 
-#: Reads a fact off a pipeline.
-Reader = Callable[[Any], Any]
+#: Reads a fact off a pipeline, where need be with the caller's own options.
+Reader = Callable[[Any, Mapping[str, Any]], Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +70,7 @@ def options_of(pipeline: Any, given: Mapping[str, Any], *, catalog: VaeCatalog) 
     if entry.state is not None:
         options["state"] = entry.state
     options |= entry.options
-    options |= {name: value for name, read in entry.readers.items() if (value := read(pipeline)) is not None}
+    options |= {name: value for name, read in entry.readers.items() if (value := read(pipeline, given)) is not None}
     options |= given
     module = getattr(pipeline, "vae", None)
     if module is not None and "vae" not in given:

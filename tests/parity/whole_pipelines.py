@@ -45,6 +45,7 @@ class Denoiser(torch.nn.Module):
         #: Some pipelines read these off the transformer itself.
         self.in_channels = config.get("in_channels")
         self.visual_cond = config.get("visual_cond")
+        self.transformer_blocks: tuple[torch.nn.Module, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
