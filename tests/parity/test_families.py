@@ -108,7 +108,7 @@ CASES = {
     "qwen-image-21, RGBA": Whole(
         pipeline="QwenImage21Pipeline",
         vae="qwen-image-21",
-        denoiser={"in_channels": 64, "guidance_embeds": False},
+        denoiser={"in_channels": 64, "guidance_embeds": False, "causal_condition": False},
         parts={"processor": _NoProcessor},
         call={**_LARGE, "prompt_embeds": text, "prompt_embeds_mask": lambda: mask().bool(), "true_cfg_scale": 1.0},
         given=_LARGE,
