@@ -357,8 +357,10 @@ OWN: dict[str, Callable[[Tail, Any], Tail]] = {
     "NucleusMoEImagePipeline": with_known(
         patch_size=2, self_transformer=SimpleNamespace(config=frozen({"patch_size": 2}))
     ),
-    "BriaFiboPipeline": with_known(do_patching=False),
-    "BriaFiboEditPipeline": with_known(do_patching=False),
+    # Tokens of one latent pixel: a view of (B, C, h, w), as `_pack_latents` leaves them.
+    "BriaFiboPipeline": with_known(do_patching=False, permutation=(0, 2, 1)),
+    "BriaFiboEditPipeline": with_known(do_patching=False, permutation=(0, 2, 1)),
+    "QwenImage21Pipeline": with_known(permutation=(0, 2, 1)),
     "QwenImageLayeredPipeline": lambda tail, vae: replace(
         tail, known=tail.known | {"layers": 2}, given=tail.given | {"layers": 2}
     ),
