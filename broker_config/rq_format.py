@@ -34,7 +34,7 @@ def job_fields(request: DecodeRequest, *, queue: str, connection: Redis) -> list
         timeout=max(1, round(request.timeout_s)),
         result_ttl=max(1, round(request.retention_s)),
         failure_ttl=max(1, round(request.retention_s)),
-        description=f"decode {request.vae} {request.width}x{request.height} to {request.output}",
+        description=f"{request.kind} {request.vae} {request.width}x{request.height} to {request.output}",
         origin=queue,
         serializer=JSONSerializer,
     )

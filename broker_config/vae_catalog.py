@@ -6,18 +6,21 @@ else: a job names an entry, so whoever can write to the broker cannot make a wor
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Final, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from broker_config.errors import CatalogInvalid, InvalidOption, UnknownLayout, UnknownVae
 from broker_config.latent_geometry import LAYOUTS, FrameRule, LatentLayout, LatentState
 
+#: Names an error lists.
+_NEAR_NAMES: Final = 5
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 
@@ -113,9 +116,11 @@ class VaeCatalog(Mapping[str, VaeEntry]):
         try:
             return self._entries[name]
         except (KeyError, TypeError):  # TypeError: a name that is no string, and cannot be hashed
-            known = ", ".join(sorted(self._entries))
+            near = difflib.get_close_matches(str(name).lower(), self._entries, n=_NEAR_NAMES, cutoff=0.4)
+            known = f"near it are {', '.join(near)}" if near else "no name is near it"
             raise UnknownVae(
-                f"no VAE {name!r} in the catalogue; it has {known}. Add your own with LATENTQ_CATALOG",
+                f"no VAE {name!r} in the catalogue; {known}. `latentq vaes` lists all {len(self)}; add your own with "
+                "LATENTQ_CATALOG",
                 field="vae",
             ) from None
 

@@ -74,25 +74,38 @@ def _sana_video(pipeline: Any) -> str:
 # Facts read off a pipeline ---------------------------------------------------------------------------------
 
 
-def _sigma_data(pipeline: Any) -> Any:
+def _sigma_data(pipeline: Any, given: Mapping[str, Any]) -> Any:
     return config_of(pipeline, "scheduler").get("sigma_data")
 
 
-def _own_patch_size(pipeline: Any) -> Any:
+def _own_patch_size(pipeline: Any, given: Mapping[str, Any]) -> Any:
     return getattr(pipeline, "patch_size", None)
 
 
-def _transformer_patch_size(pipeline: Any) -> Any:
+def _transformer_patch_size(pipeline: Any, given: Mapping[str, Any]) -> Any:
     return config_of(pipeline, "transformer").get("patch_size")
 
 
-def _ltx_patch_size(pipeline: Any) -> Any:
+def _ltx_patch_size(pipeline: Any, given: Mapping[str, Any]) -> Any:
     if getattr(pipeline, "transformer_temporal_patch_size", 1) != 1:
         raise InvalidOption("patches of more than one frame are not known of any LTX-Video", field="pipeline")
     return getattr(pipeline, "transformer_spatial_patch_size", None)
 
 
-def _not_concatenated(pipeline: Any) -> Any:
+def _padded_frames(pipeline: Any, given: Mapping[str, Any]) -> Any:
+    """CogVideoX 1.5 pads its clips in front to whole patches of latent frames (pipeline_cogvideox.py `__call__`)."""
+    patch, num_frames = config_of(pipeline, "transformer").get("patch_size_t"), given.get("num_frames")
+    if patch is None or "additional_frames" in given:
+        return None
+    if not isinstance(num_frames, int):
+        raise InvalidOption(
+            "num_frames is missing: this CogVideoX pads its clips, and the frames it was asked for tell by how many",
+            field="num_frames",
+        )
+    return -((num_frames - 1) // 4 + 1) % patch
+
+
+def _not_concatenated(pipeline: Any, given: Mapping[str, Any]) -> Any:
     """HunyuanVideo image to video, `latent_concat`: latents without their first frame, which the VAE needs."""
     if config_of(pipeline, "transformer").get("image_condition_type") == "latent_concat":
         raise InvalidOption(
@@ -251,7 +264,13 @@ PIPELINES: Final[Mapping[str, PipelineEntry]] = {
         Layout.VIDEO,
     ),
     **_of("SanaWM", "sana-wm", Layout.VIDEO),
-    **_of("CogVideoX CogVideoXFunControl CogVideoXImageToVideo CogVideoXVideoToVideo", _cogvideox, Layout.FRAMES_FIRST),
+    **_of(
+        "CogVideoX CogVideoXImageToVideo",
+        _cogvideox,
+        Layout.FRAMES_FIRST,
+        readers={"additional_frames": _padded_frames},
+    ),
+    **_of("CogVideoXFunControl CogVideoXVideoToVideo", _cogvideox, Layout.FRAMES_FIRST),
     **_of("ConsisID", "consisid", Layout.FRAMES_FIRST),
     **_of("Mochi", "mochi", Layout.VIDEO),
     **_of("Allegro", "allegro", Layout.VIDEO),

@@ -22,8 +22,8 @@ from broker_config.vae_identity import config_digest
 #: Names an error lists.
 _NEAR_NAMES: Final = 5
 
-#: Reads a fact off a pipeline.
-Reader = Callable[[Any], Any]
+#: Reads a fact off a pipeline, where need be with the caller's own options.
+Reader = Callable[[Any, Mapping[str, Any]], Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +70,7 @@ def options_of(pipeline: Any, given: Mapping[str, Any], *, catalog: VaeCatalog) 
     if entry.state is not None:
         options["state"] = entry.state
     options |= entry.options
-    options |= {name: value for name, read in entry.readers.items() if (value := read(pipeline)) is not None}
+    options |= {name: value for name, read in entry.readers.items() if (value := read(pipeline, given)) is not None}
     options |= given
     module = getattr(pipeline, "vae", None)
     if module is not None and "vae" not in given:
@@ -96,6 +96,13 @@ def lookup(name: str) -> PipelineEntry:
         f"no pipeline class {name!r} in the table; {known}. For a class of your own, give vae, layout and state",
         field="pipeline",
     )
+
+
+def served_by(vae: str) -> list[str]:
+    """Pipeline classes whose latents this entry decodes, unless a pipeline's own parts tell otherwise."""
+    from producer.pipeline_table import PIPELINES
+
+    return sorted(name for name, entry in PIPELINES.items() if entry.vae_of(None) == vae)
 
 
 def config_of(pipeline: Any, part: str) -> Mapping[str, Any]:

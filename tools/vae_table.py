@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Final
 
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
-from producer.pipeline_table import EXCEPTED, PIPELINES
+from producer.pipeline_table import EXCEPTED
+from producer.pipelines import served_by
 
 ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = ROOT / "docs" / "vaes.md"
@@ -67,10 +66,8 @@ def page(text: str) -> str:
 
 
 def _pipelines_by_vae() -> dict[str, list[str]]:
-    served = defaultdict(list)
-    for name, entry in PIPELINES.items():
-        served[entry.vae_of(SimpleNamespace())].append(name)
-    return served
+    found = {name: served_by(name) for name in VaeCatalog.load()}
+    return {name: pipelines for name, pipelines in found.items() if pipelines}
 
 
 def _layouts(entry: VaeEntry) -> str:

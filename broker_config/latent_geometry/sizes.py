@@ -58,6 +58,10 @@ class Asked:
     def need(self, name: str, shape: Sequence[int]) -> int:
         """The value of `name`, which latents of this shape do not tell."""
         value = getattr(self, name, None) or getattr(self.facts, name, None)
+        if value is None and name in ("height", "width"):
+            raise InvalidSize(
+                f"packed latents {list(shape)} do not say their size: give height and width in pixels", field=name
+            )
         if value is None:
             raise InvalidSize(
                 f"latents {list(shape)} do not say their {name}: give {name} as the pipeline was called with",

@@ -18,6 +18,7 @@ from broker_config.vae_catalog import VaeCatalog, VaeEntry
 from producer.cli.services import become
 from producer.client import DecodeClient
 from producer.job_handle import JobHandle
+from producer.pipelines import served_by
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as `submit` printed it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -71,7 +72,7 @@ def submit(
     wait: OptWait = False,
 ) -> None:
     """Hand latents over; prints the job's id."""
-    named = {"vae": vae, "layout": layout, "state": state}
+    named: dict[str, Any] = {"vae": vae, "layout": layout, "state": state}
     with DecodeClient.from_env() as client:
         job = client.submit_file(
             file,
@@ -181,8 +182,10 @@ def vaes(
     if as_json:
         typer.echo(json.dumps([entry.model_dump(mode="json") for entry in chosen], indent=2))
     elif name:
-        for field, value in chosen[0].model_dump(mode="json").items():
-            _console.print(f"[dim]{field:>10}[/dim]  {_cell(value)}", highlight=False, soft_wrap=True)
+        states = [str(chosen[0].state_of(layout)) for layout in chosen[0].layouts]
+        facts = chosen[0].model_dump(mode="json") | {"state": states, "pipelines": served_by(name)}
+        for field, value in facts.items():
+            _console.print(f"[dim]{field:>14}[/dim]  {_cell(value)}", highlight=False, soft_wrap=True)
     else:
         _console.print(_vae_table(chosen))
 

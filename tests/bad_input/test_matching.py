@@ -132,14 +132,7 @@ def zeros(*shape: int) -> Any:
     ids=lambda item: item["vae"] if isinstance(item, dict) else None,
 )
 def test_a_mismatch_is_refused_by_field_with_what_was_expected_and_found(
-    latents: Any,
-    options: dict[str, Any],
-    kind: Any,
-    code: str,
-    field: str,
-    expected: str,
-    found: str,
-    client: DecodeClient,
+    latents: Any, options: dict[str, Any], kind: Any, field: str, expected: str, found: str, client: DecodeClient
 ) -> None:
     with pytest.raises(kind) as refusal:
         client.submit(latents, **options)
@@ -236,6 +229,17 @@ def test_a_pipeline_that_is_not_in_the_table_is_refused(name: str, words: list[s
             {"sigma_data": 0.5},
         ),
         (pipeline("Krea2Pipeline", vae=None, patch_size=1), {}, {"patch_size": 1}),
+        # 81 frames are 21 latent frames, which CogVideoX 1.5 pads to 22; 85 are 22
+        (
+            pipeline("CogVideoXPipeline", transformer=part("T", patch_size_t=2)),
+            {"num_frames": 81},
+            {"additional_frames": 1},
+        ),
+        (
+            pipeline("CogVideoXPipeline", transformer=part("T", patch_size_t=2)),
+            {"num_frames": 85},
+            {"additional_frames": 0},
+        ),
         ("Flux2Pipeline", {}, {"vae": "flux2", "layout": "packed_patched"}),
         (pipeline("StableDiffusion3InpaintPipeline", vae=None), {}, {"vae": "sd3", "shift_factor": 0.0}),
         (
@@ -258,6 +262,13 @@ def test_a_pipeline_with_a_vae_of_another_class_than_the_catalogues_is_refused(c
     assert refusal.value.field == "vae"
     assert "AutoencoderTiny" in refusal.value.message
     assert "AutoencoderKL" in refusal.value.message
+
+
+def test_padded_clips_need_the_frames_that_were_asked_for(client: DecodeClient) -> None:
+    made = pipeline("CogVideoXPipeline", vae=None, transformer=part("T", patch_size_t=2))
+    with pytest.raises(InvalidOption, match="pads its clips") as refusal:
+        client.submit(zeros(1, 22, 16, 6, 8), pipeline=made)
+    assert refusal.value.field == "num_frames"
 
 
 def test_latents_that_lack_their_first_frame_are_refused(client: DecodeClient) -> None:

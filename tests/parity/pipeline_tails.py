@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.configuration_utils import FrozenDict
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.video_processor import VideoProcessor
+
+from tests.parity.whole_pipelines import frozen
 
 PIPELINES_FOLDER = Path(diffusers.__path__[0]) / "pipelines"
 
@@ -112,7 +113,8 @@ def run_tail(
     }
     module = sys.modules[kind.__module__]
     variables = {**vars(module), **variables}
-    variables["_decoded"] = decoded = []
+    decoded: list[torch.Tensor] = []
+    variables["_decoded"] = decoded
     _note_decodes(vae, decoded)
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -154,13 +156,13 @@ def _postprocessed_by_itself(variables: dict[str, Any]) -> tuple[torch.Tensor, n
     return decoded, np.stack([np.asarray(picture) for picture in pictures])
 
 
-def _bare(kind: type, vae: Any, attributes: dict[str, Any]) -> Any:
+def _bare(kind: Any, vae: Any, attributes: dict[str, Any]) -> Any:
     """An object of a pipeline's class without its parts, but for what decoding reads."""
 
     def no_checker(self: Any, image: Any, *_: Any) -> Any:
         return (image, None, None) if kind.__name__ == "StableDiffusionUpscalePipeline" else (image, None)
 
-    bare = type(
+    bare: Any = type(
         kind.__name__,
         (kind,),
         {"_execution_device": torch.device("cpu"), "run_safety_checker": no_checker, "components": {}},
@@ -172,7 +174,7 @@ def _bare(kind: type, vae: Any, attributes: dict[str, Any]) -> Any:
     video = [item for item in known if issubclass(item, VideoProcessor)]
     processor = (*video, *known, VaeImageProcessor)[0](vae_scale_factor=8)
     defaults = {
-        "_internal_dict": FrozenDict({}),
+        "_internal_dict": frozen({}),
         "vae": vae,
         "image_processor": processor,
         "safety_checker": None,

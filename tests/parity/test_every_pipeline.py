@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from diffusers.configuration_utils import FrozenDict
 
 from broker_config.errors import InvalidOption
 from broker_config.messages import DecodeRequest
@@ -26,6 +25,7 @@ from producer.pipeline_table import EXCEPTED, PIPELINES
 from producer.pipelines import options_of
 from producer.submission import DecodeOptions, build_request
 from producer.tensor_input import to_tensor_file
+from tests.parity.whole_pipelines import frozen
 from tests.support.tiny_families import catalogue, make
 from tests.support.tiny_families import ltx as tiny_ltx
 from worker.batch_decode import plan_of
@@ -226,7 +226,7 @@ def ltx(tail: Tail, vae: Any) -> Tail:
 
 
 def sigma(tail: Tail, vae: Any) -> Tail:
-    scheduler = SimpleNamespace(config=FrozenDict({"sigma_data": 0.5}))
+    scheduler = SimpleNamespace(config=frozen({"sigma_data": 0.5}))
     return replace(tail, known=tail.known | {"self_scheduler": scheduler, "vae_dtype": torch.float32})
 
 
@@ -274,7 +274,7 @@ def joy_plus(tail: Tail, vae: Any) -> Tail:
         "target_mask": mask,
         "clean_reference_backup": torch.ones(tail.shape),
         "shape_list": [[(1, ROWS // 2, COLUMNS // 2)]] * tail.shape[0],
-        "self_transformer": SimpleNamespace(config=FrozenDict({"patch_size": (1, 2, 2)})),
+        "self_transformer": SimpleNamespace(config=frozen({"patch_size": (1, 2, 2)})),
     }
     return replace(tail, known=tail.known | own)
 
@@ -355,10 +355,12 @@ OWN: dict[str, Callable[[Tail, Any], Tail]] = {
     "Ideogram4Pipeline": with_known(grid_h=ROWS // 2, grid_w=COLUMNS // 2, self_patch_size=2),
     "Krea2Pipeline": with_known(self_patch_size=2),
     "NucleusMoEImagePipeline": with_known(
-        patch_size=2, self_transformer=SimpleNamespace(config=FrozenDict({"patch_size": 2}))
+        patch_size=2, self_transformer=SimpleNamespace(config=frozen({"patch_size": 2}))
     ),
-    "BriaFiboPipeline": with_known(do_patching=False),
-    "BriaFiboEditPipeline": with_known(do_patching=False),
+    # Tokens of one latent pixel: a view of (B, C, h, w), as `_pack_latents` leaves them.
+    "BriaFiboPipeline": with_known(do_patching=False, permutation=(0, 2, 1)),
+    "BriaFiboEditPipeline": with_known(do_patching=False, permutation=(0, 2, 1)),
+    "QwenImage21Pipeline": with_known(permutation=(0, 2, 1)),
     "QwenImageLayeredPipeline": lambda tail, vae: replace(
         tail, known=tail.known | {"layers": 2}, given=tail.given | {"layers": 2}
     ),
@@ -587,7 +589,7 @@ def test_helios_decodes_each_chunk_afresh(name: str, vaes: Callable[[str], Any])
     latents = torch.randn((2, 16, 3 * each, ROWS, COLUMNS), generator=torch.Generator().manual_seed(5))
     shape = (1, 16, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean).view(shape)
-    history = None
+    history: Any = None
     for end in range(each, 3 * each + 1, each):
         after = tails.run_lines(
             name,

@@ -15,12 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
+from diffusers import configuration_utils
 
 #: Width of prompt embeddings.
 TEXT = 8
 #: Latent size: not square.
 ROWS, COLUMNS = 6, 8
+
+
+#: A config as diffusers has it, which its classes make without types.
+frozen: Any = configuration_utils.FrozenDict
 
 
 class _Answer(tuple[torch.Tensor]):
@@ -36,11 +40,12 @@ class Denoiser(torch.nn.Module):
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
-        self.config = FrozenDict(config)
+        self.config = frozen(config)
         self.weight = torch.nn.Parameter(torch.tensor(0.3))
         #: Some pipelines read these off the transformer itself.
         self.in_channels = config.get("in_channels")
         self.visual_cond = config.get("visual_cond")
+        self.transformer_blocks: tuple[torch.nn.Module, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +101,8 @@ def build(case: Whole, vae: Any) -> Any:
     """The pipeline of a case."""
     kind = diffusers_class(case.pipeline)
     wanted = inspect.signature(kind.__init__).parameters
-    parts = {name: None for name, item in wanted.items() if name != "self" and item.default is inspect.Parameter.empty}
+    required = [name for name, item in wanted.items() if item.default is inspect.Parameter.empty]
+    parts: dict[str, Any] = dict.fromkeys(name for name in required if name != "self")
     case.prepare(vae)
     own = {name: part() if callable(part) else part for name, part in case.parts.items()}
     parts |= {"vae": vae, "scheduler": case.scheduler(), "transformer": Denoiser(**case.denoiser), **own}

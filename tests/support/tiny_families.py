@@ -17,6 +17,8 @@ from typing import Any, Final
 import diffusers
 import torch
 
+#: Its classes have no types.
+_DIFFUSERS: Final[Any] = diffusers
 #: Entries of ours that ship with weights, or whose weights another test trains.
 _NOT_TINY: Final = frozenset({"demo"})
 
@@ -37,7 +39,7 @@ def _statistics(count: int, *, seed: int) -> dict[str, list[float]]:
 
 def _kl(table: Mapping[str, Any], **config: Any) -> Any:
     levels = {4: 3, 8: 4}[table["spatial"]]
-    return diffusers.AutoencoderKL(
+    return _DIFFUSERS.AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -51,7 +53,7 @@ def _kl(table: Mapping[str, Any], **config: Any) -> Any:
 
 
 def _tiny(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderTiny(
+    return _DIFFUSERS.AutoencoderTiny(
         encoder_block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(8, 8, 8, 8),
         latent_channels=table["channels"],
@@ -61,7 +63,7 @@ def _tiny(table: Mapping[str, Any]) -> Any:
 
 
 def _temporal_decoder(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderKLTemporalDecoder(
+    return _DIFFUSERS.AutoencoderKLTemporalDecoder(
         down_block_types=("DownEncoderBlock2D",) * 4,
         block_out_channels=(32, 32, 32, 32),
         layers_per_block=1,
@@ -71,7 +73,7 @@ def _temporal_decoder(table: Mapping[str, Any]) -> Any:
 
 
 def _flux2(table: Mapping[str, Any]) -> Any:
-    vae = diffusers.AutoencoderKLFlux2(
+    vae = _DIFFUSERS.AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 8, 8),
@@ -85,7 +87,7 @@ def _flux2(table: Mapping[str, Any]) -> Any:
 
 
 def _hunyuan_image(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderKLHunyuanImage(
+    return _DIFFUSERS.AutoencoderKLHunyuanImage(
         in_channels=3,
         out_channels=3,
         latent_channels=table["channels"],
@@ -98,7 +100,7 @@ def _hunyuan_image(table: Mapping[str, Any]) -> Any:
 
 
 def _hunyuan_image_refiner(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderKLHunyuanImageRefiner(
+    return _DIFFUSERS.AutoencoderKLHunyuanImageRefiner(
         latent_channels=table["channels"],
         block_out_channels=(32, 32, 32, 32, 32),
         layers_per_block=1,
@@ -109,7 +111,7 @@ def _hunyuan_image_refiner(table: Mapping[str, Any]) -> Any:
 
 
 def _dc(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderDC(
+    return _DIFFUSERS.AutoencoderDC(
         in_channels=3,
         latent_channels=table["channels"],
         attention_head_dim=8,
@@ -126,7 +128,7 @@ def _dc(table: Mapping[str, Any]) -> Any:
 
 
 def _qwen(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderKLQwenImage(
+    return _DIFFUSERS.AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=table["channels"],
         dim_mult=[1, 1, 1, 1],
@@ -137,7 +139,7 @@ def _qwen(table: Mapping[str, Any]) -> Any:
 
 
 def _qwen21(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderKLQwenImage21(
+    return _DIFFUSERS.AutoencoderKLQwenImage21(
         base_dim=8,
         decoder_base_dim=8,
         z_dim=table["channels"],
@@ -149,7 +151,7 @@ def _qwen21(table: Mapping[str, Any]) -> Any:
 
 def _wan(table: Mapping[str, Any]) -> Any:
     large = table["spatial"] == 16
-    return diffusers.AutoencoderKLWan(
+    return _DIFFUSERS.AutoencoderKLWan(
         base_dim=8,
         z_dim=table["channels"],
         dim_mult=[1, 1, 1, 1],
@@ -162,7 +164,7 @@ def _wan(table: Mapping[str, Any]) -> Any:
 
 
 def _hunyuan_video(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderKLHunyuanVideo(
+    return _DIFFUSERS.AutoencoderKLHunyuanVideo(
         latent_channels=table["channels"],
         block_out_channels=(8, 8, 8, 8),
         layers_per_block=1,
@@ -172,7 +174,7 @@ def _hunyuan_video(table: Mapping[str, Any]) -> Any:
 
 
 def _hunyuan_video15(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderKLHunyuanVideo15(
+    return _DIFFUSERS.AutoencoderKLHunyuanVideo15(
         latent_channels=table["channels"],
         block_out_channels=(32, 32, 32, 32, 32),
         layers_per_block=1,
@@ -184,7 +186,7 @@ def _hunyuan_video15(table: Mapping[str, Any]) -> Any:
 
 def ltx(table: Mapping[str, Any], *, timestep_conditioning: bool = False) -> Any:
     """LTX-Video's VAE, which from 0.9.1 on is told the timestep it decodes at."""
-    vae = diffusers.AutoencoderKLLTXVideo(
+    vae = _DIFFUSERS.AutoencoderKLLTXVideo(
         latent_channels=table["channels"],
         block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(8, 8, 8, 8),
@@ -196,7 +198,7 @@ def ltx(table: Mapping[str, Any], *, timestep_conditioning: bool = False) -> Any
 
 
 def _ltx2(table: Mapping[str, Any]) -> Any:
-    vae = diffusers.AutoencoderKLLTX2Video(
+    vae = _DIFFUSERS.AutoencoderKLLTX2Video(
         latent_channels=table["channels"],
         block_out_channels=(8, 8, 8, 16),
         decoder_block_out_channels=(8, 16, 32),
@@ -213,7 +215,7 @@ def _with_buffers(vae: Any) -> Any:
 
 
 def _cogvideox(table: Mapping[str, Any], *, scaling_factor: float) -> Any:
-    return diffusers.AutoencoderKLCogVideoX(
+    return _DIFFUSERS.AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4,
         up_block_types=("CogVideoXUpBlock3D",) * 4,
         block_out_channels=(8, 8, 8, 8),
@@ -225,7 +227,7 @@ def _cogvideox(table: Mapping[str, Any], *, scaling_factor: float) -> Any:
 
 
 def _mochi(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderKLMochi(
+    return _DIFFUSERS.AutoencoderKLMochi(
         latent_channels=table["channels"],
         encoder_block_out_channels=(32, 32, 32, 32),
         decoder_block_out_channels=(32, 32, 32, 32),
@@ -235,7 +237,7 @@ def _mochi(table: Mapping[str, Any]) -> Any:
 
 
 def _allegro(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderKLAllegro(
+    return _DIFFUSERS.AutoencoderKLAllegro(
         block_out_channels=(8, 8, 8, 8),
         layers_per_block=1,
         latent_channels=table["channels"],
@@ -245,13 +247,13 @@ def _allegro(table: Mapping[str, Any]) -> Any:
 
 
 def _magvit(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderKLMagvit(
+    return _DIFFUSERS.AutoencoderKLMagvit(
         block_out_channels=[8, 8, 8, 8], latent_channels=table["channels"], layers_per_block=1, norm_num_groups=4
     )
 
 
 def _cosmos(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderKLCosmos(
+    return _DIFFUSERS.AutoencoderKLCosmos(
         latent_channels=table["channels"],
         encoder_block_out_channels=(8, 8, 8, 8),
         decode_block_out_channels=(8, 8, 8, 8),
@@ -263,7 +265,7 @@ def _cosmos(table: Mapping[str, Any]) -> Any:
 
 
 def _minimax(table: Mapping[str, Any]) -> Any:
-    return diffusers.AutoencoderKLMiniMaxH3(
+    return _DIFFUSERS.AutoencoderKLMiniMaxH3(
         latent_channels=table["channels"],
         block_out_channels=(8, 8, 8, 8, 8, 8),
         layers_per_block=1,

@@ -26,7 +26,9 @@ def unpack(latents: torch.Tensor, *, rows: int, columns: int, patch: int) -> tor
     channels = packed // (patch * patch)
     latents = latents.view(batch, rows, columns, channels, patch, patch)  # B, h/p, w/p, C, p, p
     latents = latents.permute(0, 3, 1, 4, 2, 5)  # B, C, h/p, p, w/p, p
-    return latents.reshape(batch, channels, rows * patch, columns * patch)  # B, C, h, w
+    # With patches of one, pipelines hold their tokens as a view of (B, C, h, w), which steps of a scheduler keep: so
+    # their VAE gets contiguous latents, for which convolutions have other kernels than for those of channels last.
+    return latents.reshape(batch, channels, rows * patch, columns * patch).contiguous()  # B, C, h, w
 
 
 def unpack_layers(latents: torch.Tensor, *, layers: int, rows: int, columns: int) -> torch.Tensor:
