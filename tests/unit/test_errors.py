@@ -56,6 +56,22 @@ CODES = {
     "start_deadline_passed": "StartDeadlinePassed",
     "job_timed_out": "JobTimedOut",
     "worker_crashed": "WorkerCrashed",
+    "bad_request": "BadRequest",
+    "route_not_found": "RouteNotFound",
+    "method_not_allowed": "MethodNotAllowed",
+    "media_type_unsupported": "MediaTypeUnsupported",
+    "range_not_satisfiable": "RangeNotSatisfiable",
+    "not_authenticated": "NotAuthenticated",
+    "not_allowed": "NotAllowed",
+    "wrong_host": "WrongHost",
+    "length_required": "LengthRequired",
+    "body_too_large": "BodyTooLarge",
+    "query_too_long": "QueryTooLong",
+    "upload_too_slow": "UploadTooSlow",
+    "rate_limited": "RateLimited",
+    "quota_exceeded": "QuotaExceeded",
+    "gateway_busy": "GatewayBusy",
+    "internal_error": "InternalError",
 }
 
 
