@@ -8,19 +8,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from aiohttp import BodyPartReader, MultipartReader, web
 
-from broker_config.errors import BadRequest, BodyTooLarge, InvalidOption, MediaTypeUnsupported
+from broker_config.errors import BadRequest, BodyTooLarge, InvalidOption, MediaTypeUnsupported, UploadTooSlow
 from broker_config.tensor_header import MAX_HEADER_BYTES
 from producer.gateway.context import Gateway
 from producer.gateway.jobs import ReadLatents
 from producer.gateway.latents_input import Check, read_raw, read_safetensors, shape_of
 from producer.gateway.query import options_of, options_of_json
-from producer.gateway.uploads import Incoming, body_of, deadline_for, length_of, part_of
+from producer.gateway.uploads import MALFORMED, Incoming, body_of, deadline_for, length_of, part_of
 from producer.tensor_input import TensorFile
 
 SAFETENSORS: Final = "application/vnd.safetensors"
@@ -125,10 +126,13 @@ class Parts:
     async def next(self) -> BodyPartReader | None:
         """The next part; None: there is no more."""
         try:
-            part = await anext(self._reader)
+            async with asyncio.timeout_at(self._deadline):
+                part = await anext(self._reader)
         except StopAsyncIteration:
             return None
-        except (ValueError, AssertionError, RuntimeError) as error:
+        except TimeoutError:
+            raise UploadTooSlow() from None
+        except MALFORMED as error:
             raise BadRequest(f"the multipart body is malformed ({type(error).__name__})") from None
         if not isinstance(part, BodyPartReader):
             raise BadRequest("a part of the body has parts of its own")

@@ -16,6 +16,8 @@ from producer.gateway.settings import GatewaySettings
 #: What a multipart part is read in: its boundary is looked for in each piece.
 _PART_BYTES: Final = 256 * 1024
 _BUSY_RETRY_S: Final = 2.0
+#: What aiohttp raises of a body that breaks off or is not what it says; its multipart reader also asserts.
+MALFORMED: Final = (ClientError, HttpProcessingError, ConnectionError, ValueError, AssertionError, RuntimeError)
 
 
 class UploadGate:
@@ -110,7 +112,7 @@ class Incoming:
                 return b""
         except TimeoutError:
             raise UploadTooSlow() from None
-        except (ClientError, HttpProcessingError, ConnectionError, ValueError) as error:
+        except MALFORMED as error:
             raise BadRequest(f"the body broke off or is malformed ({type(error).__name__})") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,18 @@ def test_every_route_is_in_the_docs() -> None:
     page = (DOCS / "gateway.md").read_text(encoding="utf-8")
     missing = [f"{route.method} {route.path}" for route in ROUTES if f"`{route.method} {route.path}`" not in page]
     assert missing == []
+
+
+@schemathesis.serializer("application/vnd.safetensors", "tensor/binary")
+def as_bytes(context: object, value: Any) -> bytes:
+    """Bodies that are bytes."""
+    return value if isinstance(value, bytes) else str(value).encode(errors="replace")
+
+
+@schemathesis.serializer("tensor/base64")
+def as_json(context: object, value: Any) -> bytes:
+    """Bodies that are JSON by another name."""
+    return json.dumps(value, default=str).encode()
 
 
 schema = schemathesis.openapi.from_dict(document())
