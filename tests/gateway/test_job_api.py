@@ -324,8 +324,8 @@ def stream(gateway: RunningGateway, path: str) -> Iterator[tuple[str, dict[str, 
         assert answer.status_code == 200
         assert answer.headers["Content-Type"] == "text/event-stream"
         event = ""
-        for line in answer.iter_lines(decode_unicode=True):
-            name, _, value = line.partition(": ")
+        for line in answer.iter_lines():
+            name, _, value = line.decode().partition(": ")
             if name == "event":
                 event = value
             elif name == "data":

@@ -124,7 +124,7 @@ def test_a_query_a_header_and_json_that_are_too_long(gateways: Gateways) -> None
 
 def test_a_batch_of_too_many(gateways: Gateways) -> None:
     gateway = gateways(max_batch_jobs=2)
-    files = [("jobs", (None, json.dumps([{"vae": "sd"}] * 3)))] + [("latents", ("l", safetensors()))] * 3  # type: ignore[list-item]
+    files = [("jobs", (None, json.dumps([{"vae": "sd"}] * 3)))] + [("latents", ("l", safetensors()))] * 3
     assert problem(gateway.post("/v1/decodes/batch", files=files)) == (413, "body_too_large")
 
 

@@ -7,6 +7,7 @@ same VAE gives when it decodes them here, with diffusers' own postprocessing. No
 from __future__ import annotations
 
 import base64
+import io
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 import requests
 import torch
 from imageio_ffmpeg import count_frames_and_secs
+from PIL import Image
 
 from broker_config.settings import load_settings
 from producer import DecodeClient
@@ -261,26 +263,31 @@ def test_a_refusal_reaches_the_user_as_a_dictionary(answers: dict[str, Any], nam
 # Other clients ----------------------------------------------------------------------------------------------
 
 
+def query(*shape: int) -> dict[str, Any]:
+    return {"shape": list(shape), "dtype": "float32", "do_scaling": "True", "output_type": "pt"}
+
+
 def raw(latents: torch.Tensor) -> bytes:
     return latents.numpy().tobytes()
 
 
 def test_the_helper_of_comfyui_sends_base64_and_gets_it(up: Up, vaes: dict[str, Any]) -> None:
     latents = latents_for("sd") / FACTORS["sd"][0]
+    params: dict[str, Any] = {
+        "do_scaling": "False",
+        "output_type": "pt",
+        "partial_postprocess": "False",
+        "image_format": "png",
+        "shape": list(latents.shape),
+        "dtype": "float32",
+        "height": 64,
+        "width": 64,
+        "input_tensor_type": "base64",
+        "output_tensor_type": "base64",
+    }
     answer = requests.post(
         f"{up.url}/decode/sd",
-        params={
-            "do_scaling": "False",
-            "output_type": "pt",
-            "partial_postprocess": "False",
-            "image_format": "png",
-            "shape": list(latents.shape),
-            "dtype": "float32",
-            "height": 64,
-            "width": 64,
-            "input_tensor_type": "base64",
-            "output_tensor_type": "base64",
-        },
+        params=params,
         headers={"Content-Type": "tensor/base64", "Accept": "tensor/base64"},
         data=json.dumps({"inputs": base64.b64encode(raw(latents)).decode()}),
         timeout=60,
@@ -311,10 +318,6 @@ def test_sd_next_leaves_parameters_out(up: Up, vaes: dict[str, Any], loaded: boo
         timeout=60,
     )
     assert answer.status_code == 200, answer.text
-    import io
-
-    from PIL import Image
-
     equal(
         torch.from_numpy(np.array(Image.open(io.BytesIO(answer.content)).convert("RGB"))),
         pictures(local(vaes, "sd"))[0],
@@ -344,12 +347,7 @@ def test_past_the_bound_the_client_is_sent_on_and_follows(
                     waiting = pool.submit(
                         requests.post,
                         f"{url}/decode/sd",
-                        params={
-                            "shape": list(SHAPES["sd"]),
-                            "dtype": "float32",
-                            "do_scaling": "True",
-                            "output_type": "pt",
-                        },
+                        params=query(*SHAPES["sd"]),
                         headers={"Content-Type": "tensor/binary", "Accept": "tensor/binary"},
                         data=raw(latents_for("sd")),
                         timeout=120,
@@ -395,7 +393,7 @@ def test_several_clients_at_once_get_their_own_pictures(up: Up, vaes: dict[str, 
         barrier.wait(30)
         answer = requests.post(
             f"{up.url}/decode/sd",
-            params={"shape": [1, 4, 8, 8], "dtype": "float32", "do_scaling": "True", "output_type": "pt"},
+            params=query(1, 4, 8, 8),
             headers={"Content-Type": "tensor/binary", "Accept": "tensor/binary"},
             data=raw(latents),
             timeout=60,

@@ -28,9 +28,10 @@ class Browser:
         self._folder = tempfile.TemporaryDirectory(prefix="latentq-chromium-", ignore_cleanup_errors=True)
         self._loop = asyncio.new_event_loop()
         self._calls = 0
-        self._events: list[dict[str, Any]] = []
         #: Errors of scripts, violated policies, failed loads.
         self.complaints: list[str] = []
+        #: Words in complaints that a test means to cause.
+        self.expected: list[str] = []
 
     def __enter__(self) -> Self:
         command = [
@@ -127,6 +128,15 @@ class Browser:
         """The page as a PNG."""
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
+
+    def forget(self) -> None:
+        """Begins a test: nothing was complained about, nothing is expected."""
+        self.complaints.clear()
+        self.expected.clear()
+
+    def surprises(self) -> list[str]:
+        """Complaints that were not expected."""
+        return [item for item in self.complaints if not any(words in item for words in self.expected)]
 
     # Inside ---------------------------------------------------------------------------------------------
 

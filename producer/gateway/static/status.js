@@ -182,7 +182,7 @@ function card(job) {
   const button = make("button", { type: "button", "aria-label": `Show ${job.id}` },
     make("div", { cls: "thumb" }, job.outputs.length ? media(job, job.outputs[0]) : "no output"),
     make("div", { cls: "what" }, make("b", { text: `${job.vae} · ${size(job)}` }), make("span", { text: job.metadata.prompt ?? job.id }),
-      make("span", { text: `${seconds(job.timings_s.decode)} decode · ${new Date(job.ended_at).toLocaleTimeString()}` })));
+      make("span", { text: `${seconds(job.timings_s.decode)} decode · ${new Date(job.ended_at).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })}` })));
   button.addEventListener("click", () => view(job));
   return make("li", {}, button);
 }
@@ -215,7 +215,7 @@ function showFailed(jobs) {
   const items = jobs.map((job) => {
     const error = job.errors[job.errors.length - 1] ?? { code: "error", message: "" };
     const text = make("div", {}, make("b", { text: `${job.vae} · ${error.code}` }), make("div", { text: error.message }),
-      make("small", { text: `${job.id} · ${size(job)} · ${job.attempts} attempts` }));
+      make("small", { text: `${job.id} · ${size(job)} · ${job.attempts} ${job.attempts === 1 ? "attempt" : "attempts"}` }));
     const button = make("button", { type: "button", text: again.get(job.id) ?? "Decode again", "aria-label": `Decode ${job.id} again` });
     button.disabled = again.has(job.id);
     button.addEventListener("click", () => redecode(job, button));
