@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing
-import os
-import signal
 import socket
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from multiprocessing.connection import Connection
 from typing import Any, Final
 
 import aiohttp
 import numpy as np
 
-from benchmarks.harness import Bench, bench, percentile, write_result
-from broker_config.connection import connect_url
+from benchmarks.harness import Bench, bench, on_core, percentile, write_result
+from broker_config.connection import connect
 from broker_config.latent_geometry import LatentLayout
 from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
@@ -40,16 +39,14 @@ _LARGE: Final = (1, 4, 960, 1024)
 _SMALL: Final = (1, 4, 8, 8)
 
 
-def _gateway(url: str, core: int, pipe: Connection) -> None:
-    """The gateway's process: tells its URL, then, for each word it gets, the longest stall since the last one."""
+def serve_measured() -> None:
+    """The gateway itself: prints its URL, then, for each line it reads, the longest stall since the last one, in ms."""
     from producer.gateway.app import build_app, serve
     from producer.gateway.settings import load_gateway_settings
 
-    os.sched_setaffinity(0, {core})
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    settings = load_settings(redis_url=url, _env_file=None)
+    settings = load_settings(_env_file=None)
     own = load_gateway_settings(port=0, max_uploads=1024, _env_file=None)
-    connections = connect_url(url, name="latentq-bench-gateway")
+    connections = connect(settings, name="latentq-bench-gateway")
     stalls = [0.0]
 
     async def main() -> None:
@@ -57,10 +54,11 @@ def _gateway(url: str, core: int, pipe: Connection) -> None:
         loop = asyncio.get_running_loop()
 
         def asked() -> None:
-            if pipe.recv() == "stop":
+            if not sys.stdin.readline():
                 stop.set()
+                loop.remove_reader(sys.stdin.fileno())
                 return
-            pipe.send(stalls[0])
+            print(1000 * stalls[0], flush=True)
             stalls[0] = 0.0
 
         async def measure() -> None:
@@ -69,9 +67,10 @@ def _gateway(url: str, core: int, pipe: Connection) -> None:
                 await asyncio.sleep(_TICK_S)
                 stalls[0] = max(stalls[0], time.perf_counter() - begin - _TICK_S)
 
-        loop.add_reader(pipe.fileno(), asked)
+        loop.add_reader(sys.stdin.fileno(), asked)
         measuring = asyncio.create_task(measure(), name="measure-stalls")
-        await serve(build_app(connections, settings, own, catalog=_catalog()), own, announce=pipe.send, stop=stop)
+        app = build_app(connections, settings, own, catalog=_catalog())
+        await serve(app, own, announce=lambda url: print(url, flush=True), stop=stop)
         measuring.cancel()
 
     asyncio.run(main())
@@ -101,7 +100,7 @@ class Load:
     async def submit(self, shape: tuple[int, ...] = _SMALL, *, vae: str = "noop") -> str:
         """Submits zeros; returns the job's path."""
         body = np.zeros(shape, dtype=np.float32).tobytes()
-        query = f"vae={vae}&dtype=float32&shape={','.join(map(str, shape))}&output=uint8"
+        query = f"vae={vae}&dtype=float32&shape={','.join(map(str, shape))}&output=jpg"
         headers = {"Content-Type": "application/octet-stream"}
         async with self._session.post(f"{self.url}/v1/decodes?{query}", data=body, headers=headers) as answer:
             told = await answer.json()
@@ -196,10 +195,15 @@ async def _uploads(url: str, count: int) -> dict[str, Any]:
         return {"megabytes": np.prod(_LARGE).item() * 4 / 1e6, "seconds": took, "errors": load.errors}
 
 
-def _measure(running: Bench, url: str, pipe: Connection) -> dict[str, Any]:
+def _measure(running: Bench, url: str, gateway: subprocess.Popen[str]) -> dict[str, Any]:
+    assert gateway.stdin is not None
+    assert gateway.stdout is not None
+    ask, answers = gateway.stdin, gateway.stdout
+
     def stall_ms() -> float:
-        pipe.send("stall")
-        return 1000 * float(pipe.recv())
+        ask.write("stall\n")
+        ask.flush()
+        return float(answers.readline())
 
     # What the polls wait for: jobs of a VAE that nobody serves.
     shape = (1, 4, 8, 8)
@@ -224,6 +228,7 @@ def _measure(running: Bench, url: str, pipe: Connection) -> dict[str, Any]:
         "stall_idle_ms": idle,
         "stall_uploading_ms": loaded,
         "stall_above_idle_ms": max(loaded) - max(idle),
+        "stall_above_idle_median_ms": statistics.median(loaded) - statistics.median(idle),
         "bar_ms": STALL_BAR_MS,
     }
 
@@ -231,22 +236,23 @@ def _measure(running: Bench, url: str, pipe: Connection) -> dict[str, Any]:
 def main() -> dict[str, Any]:
     """Runs the loads and stores the figures."""
     with bench() as running:
-        assert running.settings.redis_url is not None
-        here, there = multiprocessing.get_context("spawn").Pipe()
-        process = multiprocessing.get_context("spawn").Process(
-            target=_gateway, args=(running.settings.redis_url.get_secret_value(), running.cores.worker, there)
+        command = [sys.executable, "-m", "benchmarks.gateway_load", "--serve"]
+        gateway = on_core(
+            running.cores.worker, command, running.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        process.start()
         try:
-            url = str(here.recv())
+            url = gateway.stdout.readline().strip()
             with running.worker("exact", module="benchmarks.noop_worker", vae="noop"):
-                figures = _measure(running, url, here)
+                figures = _measure(running, url, gateway)
         finally:
-            here.send("stop")
-            process.join(30)
+            gateway.stdin.close()
+            gateway.wait(30)
     write_result("gateway_load", figures)
     return figures
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--serve"]:
+        serve_measured()
+        sys.exit()
     print(json.dumps(main(), indent=2))

@@ -179,7 +179,7 @@ async def _submit(request: web.Request, gateway: Gateway, identity: Identity, *,
         applied["Preference-Applied"] = f"wait={min(wait_s, gateway.own.wait_s):g}"
         if not job.status.is_terminal:
             job = await waited(gateway, job, wait_s)
-    status = 200 if not new else 201 if job.status.is_terminal else 202
+    status = 200 if not new else 201 if wait_s is not None and job.status.is_terminal else 202
     return await _answer(gateway, identity, job, status=status, made=True, headers=applied)
 
 

@@ -86,9 +86,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception:
-        logger.exception(
-            "%s %s broke", request.method, request.match_info.route.name, extra={"action": "request_broke"}
-        )
+        logger.error("%s %s broke", request.method, request.path, exc_info=True, extra={"action": "request_broke"})
         return _refused(request, InternalError())
 
 
