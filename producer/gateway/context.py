@@ -15,6 +15,7 @@ from broker_config.vae_catalog import VaeCatalog
 from producer.async_client import AsyncDecodeClient
 from producer.gateway.api_keys import ApiKey, ApiKeys
 from producer.gateway.identity import Identity
+from producer.gateway.looking import Lookout
 from producer.gateway.sessions import Sessions
 from producer.gateway.settings import GatewaySettings
 from producer.gateway.streams import StreamGate
@@ -47,6 +48,7 @@ class Gateway:
     streams: StreamGate
     metrics: GatewayMetrics
     overviews: Overviews
+    lookout: Lookout
     _known: dict[str, tuple[float, ApiKey | None]] = field(default_factory=dict)
 
     async def key_of_token(self, token: str) -> ApiKey | None:
@@ -90,4 +92,5 @@ def build_gateway(
         streams=StreamGate(own),
         metrics=GatewayMetrics(client, operations, tallies),
         overviews=Overviews(client, operations, tallies),
+        lookout=Lookout(client),
     )

@@ -20,6 +20,7 @@ from producer.gateway.api_keys import ApiKey, Scope
 from producer.gateway.context import GATEWAY, IDENTITY, Gateway
 from producer.gateway.identity import Identity
 from producer.gateway.latents_input import Check, refused_early
+from producer.gateway.looking import snapshots_of
 from producer.submission import new_job_id
 from producer.tensor_input import TensorFile
 
@@ -135,17 +136,6 @@ def page_of(
         return Page(jobs=snapshots_of(store, ids), cursor=last)
     assert identity.key is not None
     return _own_page(store, identity.key, status=status, vae=vae, limit=limit, before=before)
-
-
-def snapshots_of(store: JobStore, job_ids: list[str]) -> list[JobSnapshot]:
-    """Those of these jobs that there still are."""
-    left = list(job_ids)
-    while left:
-        try:
-            return store.snapshots(left)
-        except JobNotFound as error:  # its tombstone ended between two looks
-            left = [job_id for job_id in left if job_id != error.job_id]
-    return []
 
 
 def _own_page(

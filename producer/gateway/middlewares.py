@@ -104,6 +104,8 @@ async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 def _refused(request: web.Request, error: LatentqError) -> web.Response:
     """The answer to an error; what a key calls its job stands in it, not what the broker calls it."""
+    if request.writer.output_size > 0:  # an answer has begun: it cannot become another one
+        raise ConnectionResetError("the answer broke off") from error
     identity = request.get(IDENTITY)
     if identity is not None and identity.key is not None:
         prefix = f"k_{identity.key.id}_"

@@ -9,7 +9,7 @@ from producer.gateway import jobs
 from producer.gateway.byte_ranges import byte_range
 from producer.gateway.error_responses import problem_response
 from producer.gateway.query import only
-from producer.gateway.streams import send_bytes
+from producer.gateway.streams import send_bytes, send_head
 from producer.job_handle import finished_result
 
 
@@ -36,8 +36,10 @@ async def output(request: web.Request) -> web.StreamResponse:
     if _matches(request.headers.get("If-None-Match"), etag):
         return web.Response(status=304, headers={"ETag": etag, "Cache-Control": headers["Cache-Control"]})
     size = artifact.blob.size_bytes
+    if request.method == "HEAD":
+        return await send_head(request, size, headers=headers)
     wanted = None
-    if request.method == "GET" and request.headers.get("If-Range", etag) == etag:
+    if request.headers.get("If-Range", etag) == etag:
         try:
             wanted = byte_range(request.headers.get("Range"), size)
         except RangeNotSatisfiable as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from datetime import UTC, datetime
 from typing import Final
@@ -26,6 +25,8 @@ from producer.operations import Operations
 
 _FRESH_S: Final = 1.0
 _LOOK_S: Final = 2.0
+#: Nobody has asked for it for so long.
+_FORGET_S: Final = 60.0
 _CHART_MINUTES: Final = 15
 _GALLERY: Final = 24
 _FAILED: Final = 12
@@ -41,6 +42,8 @@ class Overviews:
         self._lock = asyncio.Lock()
         self._at = -1e9
         self._shared: tuple[list[Queue], list[Worker], list[Point]] = ([], [], [])
+        self._texts: dict[str, tuple[float, str]] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
 
     async def shared(self) -> tuple[list[Queue], list[Worker], list[Point]]:
         """As they were at most a second ago."""
@@ -49,6 +52,20 @@ class Overviews:
                 self._shared = await self._client.run(self._look)
                 self._at = time.monotonic()
             return self._shared
+
+    async def text_for(self, gateway: Gateway, identity: Identity) -> str:
+        """All that this identity may see, as JSON, as it was at most a second ago."""
+        lock = self._locks.setdefault(identity.name, asyncio.Lock())
+        async with lock:
+            now = time.monotonic()
+            at, text = self._texts.get(identity.name, (-1e9, ""))
+            if now - at > _FRESH_S:
+                text = (await _overview(gateway, identity)).model_dump_json()
+                for name in [name for name, (then, _) in self._texts.items() if now - then > _FORGET_S]:
+                    del self._texts[name]
+                    self._locks.pop(name, None)
+                self._texts[identity.name] = (time.monotonic(), text)
+            return text
 
     def _look(self) -> tuple[list[Queue], list[Worker], list[Point]]:
         report = self._operations.report
@@ -62,7 +79,8 @@ async def overview(request: web.Request) -> web.StreamResponse:
     gateway, identity = jobs.context(request)
     only(request.query)
     identity.require(Scope.READ)
-    return json_response(await _overview(gateway, identity))
+    text = await gateway.overviews.text_for(gateway, identity)
+    return web.Response(text=text, content_type="application/json")
 
 
 async def overview_events(request: web.Request) -> web.StreamResponse:
@@ -71,12 +89,10 @@ async def overview_events(request: web.Request) -> web.StreamResponse:
     only(request.query)
     identity.require(Scope.READ)
     with gateway.streams.admitted(identity):
-        stream = EventStream(request, patience_s=gateway.own.patience_s)
-        await stream.begin()
-        with contextlib.suppress(ConnectionError, TimeoutError):  # the client is gone, or no longer reads
-            last, told = "", time.monotonic()
+        async with EventStream(request, patience_s=gateway.own.patience_s) as stream:
+            last, told = "", 0.0
             while True:
-                now = (await _overview(gateway, identity)).model_dump_json()
+                now = await gateway.overviews.text_for(gateway, identity)
                 if now != last:
                     await stream.send("overview", now)
                     last, told = now, time.monotonic()
@@ -84,7 +100,7 @@ async def overview_events(request: web.Request) -> web.StreamResponse:
                     await stream.beat()
                     told = time.monotonic()
                 await asyncio.sleep(_LOOK_S)
-        raise ConnectionResetError("the client stopped reading")
+        return stream.response
 
 
 async def queues(request: web.Request) -> web.StreamResponse:

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
 from aiohttp import web
 
-from broker_config.errors import GatewayBusy, RateLimited
+from broker_config.errors import GatewayBusy, LatentqError, RateLimited
 from producer.gateway.identity import Identity
 from producer.gateway.settings import GatewaySettings
 
@@ -54,19 +55,34 @@ class StreamGate:
 
 
 class EventStream:
-    """Server-sent events of one connection."""
+    """Server-sent events of one connection: begins and ends with an `async with` block.
+
+    Once it has begun there is no other way to say that something went wrong than to end, so an error of the broker in
+    the block ends it; browsers ask again by themselves.
+    """
 
     def __init__(self, request: web.Request, *, patience_s: float) -> None:
         self._request = request
         self._patience_s = patience_s
-        self._response = web.StreamResponse(
+        #: What the handler returns.
+        self.response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         )
 
-    async def begin(self) -> None:
-        """Sends the headers."""
-        await self._response.prepare(self._request)
+    async def __aenter__(self) -> Self:
+        await self.response.prepare(self._request)
         await self._write(b"retry: 2000\n\n")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is None or isinstance(error, LatentqError):
+            await self.response.write_eof()
+            return True
+        if isinstance(error, TimeoutError):
+            raise ConnectionResetError("the client stopped reading") from None
+        return False
 
     async def send(self, event: str, text: str) -> None:
         """One event; `text` is JSON without line breaks."""
@@ -76,14 +92,9 @@ class EventStream:
         """A comment, so that nobody thinks the connection dead."""
         await self._write(b": still here\n\n")
 
-    async def end(self) -> web.StreamResponse:
-        """Ends the stream."""
-        await self._response.write_eof()
-        return self._response
-
     async def _write(self, data: bytes) -> None:
         async with asyncio.timeout(self._patience_s):
-            await self._response.write(data)
+            await self.response.write(data)
 
 
 async def send_bytes(
@@ -98,16 +109,24 @@ async def send_bytes(
     response = web.StreamResponse(status=status, headers=headers)
     response.content_length = len(data)
     await response.prepare(request)
-    if request.method != "HEAD":
-        view = memoryview(data)
-        try:
-            for start in range(0, len(view), _PIECE_BYTES):
-                async with asyncio.timeout(patience_s):
-                    await response.write(view[start : start + _PIECE_BYTES])
-        except TimeoutError:
-            if request.transport is not None:
-                request.transport.abort()
-            raise ConnectionResetError("the client stopped reading") from None
+    view = memoryview(data)
+    try:
+        for start in range(0, len(view), _PIECE_BYTES):
+            async with asyncio.timeout(patience_s):
+                await response.write(view[start : start + _PIECE_BYTES])
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the client stopped reading") from None
+    await response.write_eof()
+    return response
+
+
+async def send_head(request: web.Request, size: int, *, headers: Mapping[str, str]) -> web.StreamResponse:
+    """What GET would answer, without its body."""
+    response = web.StreamResponse(headers=headers)
+    response.content_length = size
+    await response.prepare(request)
     await response.write_eof()
     return response
 

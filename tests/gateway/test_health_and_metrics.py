@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import redis
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import SecretStr
 
 from broker_config.settings import Settings
 from broker_config.tally import BOUNDS_MS, Tallies
 from tests.gateway.conftest import problem
-from tests.gateway.test_job_api import submit
+from tests.gateway.test_job_api import stream, submit
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.gateways import RunningGateway
 from tests.support.store_worker import StoreWorker
+from tests.support.wait import wait_until
 
 
 def samples(gateway: RunningGateway, **options: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -33,8 +38,6 @@ def test_alive_and_ready(gateway: RunningGateway) -> None:
 def test_without_its_broker_it_is_alive_and_not_ready(
     gateways: Callable[..., RunningGateway], settings: Settings, broker_url: str
 ) -> None:
-    from pydantic import SecretStr
-
     with FaultyProxy(broker_url) as proxy:
         gateway = gateways(settings.model_copy(update={"redis_url": SecretStr(proxy.url)}))
         assert gateway.get("/readyz").status_code == 200
@@ -46,6 +49,39 @@ def test_without_its_broker_it_is_alive_and_not_ready(
             assert problem(submit(gateway)) == (503, "broker_unreachable")
             assert samples(gateway)["latentq_broker_up", ()] == 0
         assert gateway.get("/readyz").status_code == 200
+
+
+def test_a_stream_ends_with_the_broker_and_begins_again_with_it(
+    gateways: Callable[..., RunningGateway], settings: Settings, broker_url: str
+) -> None:
+    with FaultyProxy(broker_url) as proxy:
+        gateway = gateways(settings.model_copy(update={"redis_url": SecretStr(proxy.url)}))
+        submit(gateway, name="cat")
+        events = stream(gateway, "/v1/decodes/cat/events")
+        page = stream(gateway, "/v1/overview/events")
+        assert next(events)[0] == "queued"
+        assert next(page)[0] == "overview"
+        with proxy.refused():
+            assert list(events) == []  # it ends as a stream ends, and is no second answer
+            assert list(page) == []
+        gateway.post("/v1/decodes/cat/cancel")
+        assert [kind for kind, _ in stream(gateway, "/v1/decodes/cat/events")] == ["canceled"]
+
+
+def test_many_watchers_share_their_looks(gateway: RunningGateway, broker_url: str) -> None:
+    submit(gateway, name="cat")
+    streams = [stream(gateway, "/v1/decodes/cat/events") for _ in range(30)]
+    with ThreadPoolExecutor(30) as pool:
+        assert {kind for kind, _ in pool.map(next, streams)} == {"queued"}
+    with redis.Redis.from_url(broker_url) as admin:
+        before = admin.info("stats")["total_commands_processed"]
+        begun = time.monotonic()
+        wait_until(lambda: time.monotonic() - begun > 3, what="three looks")
+        commands = admin.info("stats")["total_commands_processed"] - before
+    assert commands < 30 * 3 * 4  # each by itself: seven commands a look
+    gateway.post("/v1/decodes/cat/cancel")
+    for one in streams:
+        assert [kind for kind, _ in one][-1] == "canceled"
 
 
 def test_metrics_say_what_waits_what_ended_and_how_long_it_took(gateway: RunningGateway, worker: StoreWorker) -> None:
