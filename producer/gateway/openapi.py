@@ -15,7 +15,8 @@ from broker_config.messages import Mode, Output
 from producer.gateway import schemas
 from producer.gateway.error_responses import PROBLEM_JSON
 from producer.gateway.query import OPTIONS
-from producer.gateway.routes import ROUTES, Route
+from producer.gateway.route import Route
+from producer.gateway.routes import ROUTES
 from producer.gateway.submit_bodies import MULTIPART, RAW, SAFETENSORS
 
 _REFERENCE: Final = "#/components/schemas/{model}"
