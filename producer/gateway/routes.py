@@ -23,7 +23,6 @@ from producer.gateway.route import Route
 
 _SUBMITTED: Final = {200: schemas.Job, 201: schemas.Job, 202: schemas.Job}
 _ON_SUBMIT: Final = (409, 411, 413, 415, 422)
-_IMAGE: Final = "image/*"
 _ANY: Final = "*/*"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -11,12 +13,14 @@ import requests
 from broker_config import keys
 from broker_config.connection import connect_url
 from broker_config.errors import ConfigurationError
+from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeCatalog
 from producer.gateway.app import check_startable
 from producer.gateway.settings import load_gateway_settings
 from tests.gateway.conftest import problem
 from tests.gateway.test_job_api import submit
 from tests.support.gateways import RunningGateway
+from tests.support.processes import environment_of
 
 # Where it listens -----------------------------------------------------------------------------------------------
 
@@ -52,6 +56,21 @@ def test_others_need_keys_and_without_any_it_does_not_start(
         check_startable(connections, settings, catalog)
     finally:
         connections.close()
+
+
+def test_the_command_ends_with_a_line_that_says_what_to_do(settings: Settings, gateway: RunningGateway) -> None:
+    command = [sys.executable, "-m", "producer.gateway"]
+    for more, words in (
+        (["--host", "0.0.0.0"], "latentq keys add"),
+        (["--port", str(gateway.port)], "LATENTQ_GATEWAY_PORT"),
+        (["--default-vae", "nobody"], "no VAE 'nobody'"),
+    ):
+        done = subprocess.run(
+            [*command, *more], env=environment_of(settings), capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_proxy_on_this_machine_does_not_make_strangers_local(gateway: RunningGateway) -> None:
