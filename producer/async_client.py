@@ -3,7 +3,7 @@
 DESIGN. The work of a call is `DecodeClient`'s own, in a small pool of threads: hashing, checking and copying latents,
 files and buckets would block the loop whatever client spoke to the broker, and one implementation cannot differ from
 itself. Two pools, so that looking at jobs never queues behind moving megabytes. Waiting takes no thread: all waits of a
-client hang on one subscription (`ended_feed.py`). docs/decisions/0006 has the alternatives.
+client hang on one subscription (`ended_feed.py`). docs/decisions/0007 has the alternatives.
 """
 
 from __future__ import annotations

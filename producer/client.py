@@ -180,7 +180,7 @@ class DecodeClient:
         asked = _options(options)
         tensor = latents()
         request = build_request(tensor, asked, catalog=self.catalog, settings=self._settings)
-        return SubmitAttempt(request, lambda: tensor.data, store=self.store, blobs=self.blobs)
+        return SubmitAttempt(request, tensor, store=self.store, blobs=self.blobs)
 
     def redecode_attempt(self, job_id: str, /, **options: Any) -> RedecodeAttempt:
         """A redecode that has been checked and not begun. Arguments and errors as `redecode`."""

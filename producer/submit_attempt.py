@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Final
 
 from broker_config.errors import BlobMissing, BrokerError, ResultExpired
 from broker_config.job_store import JobStore
 from broker_config.messages import BlobRef, DecodeRequest
 from broker_config.tiered_blob_store import TieredBlobStore
+from producer.tensor_input import TensorFile
 
 #: A submit whose latents expired before they were accepted stores them again, this often.
 _STORE_TRIES: Final = 3
@@ -20,17 +20,15 @@ LONGEST_PAUSE_S: Final = 0.5
 class SubmitAttempt:
     """Latents on their way in. `once` may be called again after `QueueFull`; it stores nothing twice."""
 
-    def __init__(
-        self, request: DecodeRequest, data: Callable[[], bytes], *, store: JobStore, blobs: TieredBlobStore
-    ) -> None:
+    def __init__(self, request: DecodeRequest, tensor: TensorFile, *, store: JobStore, blobs: TieredBlobStore) -> None:
         """Args:
         request: its `latents` are a draft.
-        data: the latents' file.
+        tensor: the latents' file.
         store: accepts the job.
         blobs: takes the latents.
         """
         self._request = request
-        self._data = data
+        self._tensor = tensor
         self._store = store
         self._blobs = blobs
         self._stored: BlobRef | None = None
@@ -58,7 +56,7 @@ class SubmitAttempt:
 
     def _accept(self) -> bool:
         if self._stored is None:
-            self._stored = self._blobs.put(self._request.latents.name, self._data())
+            self._stored = self._blobs.put(self._request.latents.name, self._tensor.data)
         return self._store.submit(dataclasses.replace(self._request, latents=self._stored))
 
 

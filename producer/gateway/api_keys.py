@@ -1,7 +1,7 @@
 """Keys of the gateway: made, found again by a token, listed, revoked.
 
 A token is `lq_<id>_<secret>`: the id names the entry in the broker, the secret has 256 random bits, so that one SHA-256
-is enough to store it (docs/decisions/0005-keys-in-the-broker.md). Every gateway of a broker knows the same keys.
+is enough to store it (docs/decisions/0006-keys-in-the-broker.md). Every gateway of a broker knows the same keys.
 """
 
 from __future__ import annotations
