@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 
+from broker_config.messages import JobSnapshot
 from broker_config.settings import Settings
 from broker_config.tally import BOUNDS_MS, Tallies
 from tests.gateway.conftest import problem
@@ -76,7 +77,12 @@ def test_many_watchers_share_their_looks(gateway: RunningGateway, monkeypatch: p
     looks: list[int] = []
     store = gateway.parts.client.store
     look = store.snapshots
-    monkeypatch.setattr(store, "snapshots", lambda ids: looks.append(len(ids)) or look(ids))
+
+    def counted(ids: list[str]) -> list[JobSnapshot]:
+        looks.append(len(ids))
+        return look(ids)
+
+    monkeypatch.setattr(store, "snapshots", counted)
     wait_until(lambda: sum(looks) >= 90, what="three looks at each job")
     assert len(looks) < sum(looks) / 3, looks
     for name in names:
