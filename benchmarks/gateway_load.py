@@ -41,12 +41,14 @@ _SMALL: Final = (1, 4, 8, 8)
 
 def serve_measured() -> None:
     """The gateway itself: prints its URL, then, for each line it reads, the longest stall since the last one, in ms."""
+    from producer.gateway.__main__ import SWITCH_S
     from producer.gateway.app import build_app, serve
     from producer.gateway.settings import load_gateway_settings
 
     settings = load_settings(_env_file=None)
     own = load_gateway_settings(port=0, max_uploads=1024, _env_file=None)
     connections = connect(settings, name="latentq-bench-gateway")
+    sys.setswitchinterval(SWITCH_S)
     stalls = [0.0]
 
     async def main() -> None:

@@ -9,7 +9,11 @@ client hang on one subscription (`ended_feed.py`). docs/decisions/0007 has the a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import os
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +37,8 @@ T = TypeVar("T")
 _COMMAND_THREADS: Final = 8
 #: Blobs at a time; more would not be faster, and each may be hundreds of megabytes.
 _TRANSFER_THREADS: Final = 4
+#: Half the weight of the others for each 3: these yield, and still get a core's rest.
+_TRANSFER_NICENESS: Final = 10
 
 
 class AsyncDecodeClient:
@@ -51,7 +57,9 @@ class AsyncDecodeClient:
         #: Wakes whoever waits for jobs.
         self.feed = EndedFeed(connections)
         self._commands = ThreadPoolExecutor(_COMMAND_THREADS, thread_name_prefix="commands")
-        self._transfers = ThreadPoolExecutor(_TRANSFER_THREADS, thread_name_prefix="transfers")
+        self._transfers = ThreadPoolExecutor(
+            _TRANSFER_THREADS, thread_name_prefix="transfers", initializer=_let_the_loop_go_first
+        )
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Self:
@@ -173,6 +181,15 @@ class AsyncDecodeClient:
                 if left <= 0:
                     raise
                 await asyncio.sleep(min(left, error.retry_after_s, LONGEST_PAUSE_S))
+
+
+def _let_the_loop_go_first() -> None:
+    """Hashing megabytes must not keep the loop from the core that both may have to share. Linux alone has niceness of
+    threads.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _TRANSFER_NICENESS)
 
 
 async def _rung(event: asyncio.Event, timeout_s: float) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
+from typing import Final
 
 from broker_config.connection import connect
 from broker_config.errors import LatentqError
@@ -14,6 +15,9 @@ from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeCatalog
 from producer.gateway.app import build_app, check_startable, serve
 from producer.gateway.settings import load_gateway_settings
+
+#: How long a thread may keep the interpreter while the loop wants it; Python's 5 ms are a long time for a poll.
+SWITCH_S: Final = 0.001
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -33,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = load_gateway_settings(host=arguments.host, port=arguments.port, default_vae=arguments.default_vae)
         catalog = VaeCatalog.load(settings.catalog)
         connections = connect(settings, name="latentq-gateway")
+        sys.setswitchinterval(SWITCH_S)
         try:
             check_startable(connections, own, catalog)
             asyncio.run(serve(build_app(connections, settings, own, catalog=catalog), own, announce=_say))

@@ -116,6 +116,7 @@ def assert_accepted_once(admin: Any, job_id: str) -> None:
         b"jobs": b"1",
         b"latents_bytes": str(len(data)).encode(),
         b"reserved_bytes": str(RESERVED_BYTES).encode(),
+        b"px": record["px"],
     }
     assert record["state"] == b"queued"
     assert admin.hget(keys.rq_job(job_id), "status") == b"queued"
