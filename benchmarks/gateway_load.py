@@ -215,11 +215,11 @@ def _measure(running: Bench, url: str, gateway: subprocess.Popen[str]) -> dict[s
     ]
     asyncio.run(_uploads(url, 1))  # warm
     idle, loaded = [], []
-    for _ in range(3):
+    for _ in range(6):
         stall_ms()
-        time.sleep(3)
+        time.sleep(2)
         idle.append(stall_ms())
-        uploads = asyncio.run(_uploads(url, 4))
+        uploads = asyncio.run(_uploads(url, 2))
         loaded.append(stall_ms())
     stall_ms()
     crowd = asyncio.run(_crowd(url, waits_for))
