@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: How often connections are looked at.
 _SWEEP_S = 1.0
+#: Longest request line that is parsed at all; aiohttp refuses longer ones in words of its own, we the others.
+_LINE_BYTES = 1 << 16
 #: How long running requests may take when the gateway is told to stop.
 _STOP_S = 10.0
 
@@ -90,7 +92,7 @@ async def serve(
         handle_signals=False,
         shutdown_timeout=_STOP_S,
         keepalive_timeout=own.patience_s,
-        max_line_size=own.max_header_bytes,
+        max_line_size=_LINE_BYTES,
         max_field_size=own.max_header_bytes,
         lingering_time=min(10.0, own.patience_s),
         auto_decompress=False,  # a body of latents is not compressed; one that is could be a thousand times as long

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 #: Set on routes that answer without asking who asks.
 OPEN: Final = "__latentq_open__"
+#: Ours have 150 bytes at most.
+_LONGEST_PATH: Final = 2048
 #: Nothing from elsewhere, nothing inline, nobody may frame us. `blob:` is a picture that was just made.
 _PAGE_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
@@ -94,8 +96,12 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Lets in who may come in."""
     gateway = request.app[GATEWAY]
-    if len(request.rel_url.raw_query_string) > gateway.own.max_query_bytes:
-        raise QueryTooLong(f"the query has more than {gateway.own.max_query_bytes} bytes")
+    path, _, query = request.raw_path.partition("?")
+    if len(query) > gateway.own.max_query_bytes or len(path) > _LONGEST_PATH:
+        raise QueryTooLong(
+            f"the path has {len(path)} bytes and the query {len(query)}, at most {_LONGEST_PATH} and "
+            f"{gateway.own.max_query_bytes} are taken"
+        )
     check_origin(request, gateway.own)
     if not getattr(request.match_info.handler, OPEN, False):
         request[IDENTITY] = await identify(request, gateway)

@@ -45,7 +45,7 @@ class GatewaySettings(BaseSettings):
     )
     session_s: float = Field(43_200.0, gt=0, description="How long a browser stays logged in.")
 
-    max_header_bytes: int = Field(8190, ge=512, description="Longest header field, and longest request line.")
+    max_header_bytes: int = Field(8190, ge=512, description="Longest header field.")
     max_query_bytes: int = Field(6144, ge=256, description="Longest query string.")
     max_form_bytes: int = Field(64 * 1024, gt=0, description="Longest JSON of a request: options, metadata, a token.")
     max_batch_jobs: int = Field(64, gt=0, description="Jobs of one batch submit.")

@@ -115,6 +115,8 @@ def test_latents_larger_than_one_job_may_have(gateways: Gateways, settings: Sett
 def test_a_query_a_header_and_json_that_are_too_long(gateways: Gateways) -> None:
     gateway = gateways(max_query_bytes=300, max_header_bytes=1000, max_form_bytes=100)
     assert problem(gateway.get("/v1/decodes?vae=" + "x" * 300)) == (414, "query_too_long")
+    assert problem(gateway.get("/v1/decodes?vae=" + "x" * 20_000)) == (414, "query_too_long")
+    assert problem(gateway.get("/v1/decodes/" + "x" * 3000)) == (414, "query_too_long")
     assert gateway.get("/v1/decodes", headers={"X-Long": "x" * 2000}).status_code == 400
     assert problem(gateway.post("/session", data=b"x" * 101)) == (413, "body_too_large")
     options = json.dumps({"vae": "sd", "metadata": {"prompt": "x" * 200}})
