@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import queue_cost, throughput
+from benchmarks import gateway_load, queue_cost, throughput
 
 
 def _run(main: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def main() -> None:
     """Runs everything; results go to benchmarks/results/."""
     costs = _run(queue_cost.main)
     through = _run(throughput.main)
+    load = _run(gateway_load.main)
     table = Table(title="latentq benchmarks", header_style="bold")
     for heading in ("what", "figure", "bar"):
         table.add_column(heading)
@@ -37,6 +38,16 @@ def main() -> None:
     table.add_row("the same, p99", f"{late['p99_ms']:.1f} ms", "≤ 30 ms")
     claim = costs["claim_cost"]
     table.add_row("claim with 100,000 queued ÷ with 10", f"{claim['ratio']:.2f}", "≤ 1.5")
+    crowd = load["crowd"]
+    table.add_row(
+        f"gateway: errors with {crowd['slow_clients']} slow clients, {crowd['long_polls']} long-polls",
+        str(crowd["error_count"]),
+        "0",
+    )
+    table.add_row("gateway: GET /v1/decodes/{id} beside them, p99", f"{crowd['look_p99_ms']:.1f} ms", "")
+    table.add_row("gateway: longest stall, idle", f"{max(load['stall_idle_ms']):.1f} ms", "")
+    above = load["stall_above_idle_ms"]
+    table.add_row("gateway: longest stall at uploads of 15 MB, above idle", f"{above:.1f} ms", "≤ 20 ms")
     memory = costs["memory"]
     table.add_row("broker bytes for a queued job", f"{memory['bytes_per_queued_job']:.0f}", "")
     table.add_row("broker bytes for a finished job", f"{memory['bytes_per_finished_job']:.0f}", "")

@@ -49,6 +49,20 @@ class BrokerFacts:
     clock_ahead_s: float
 
 
+def write_refusal(connections: Connections) -> str | None:
+    """Why the broker would refuse a submit's first write now; None: it would not.
+
+    Raises:
+        BrokerError: it does not answer.
+    """
+    with broker_errors(connections.url):
+        try:
+            connections.commands.eval(_MAY_I_WRITE, 0)
+        except ResponseError as error:
+            return str(error)
+    return None
+
+
 def read_broker_facts(connections: Connections) -> BrokerFacts:
     """Looks at the broker.
 
@@ -70,11 +84,7 @@ def read_broker_facts(connections: Connections) -> BrokerFacts:
             appendfsync = client.config_get("appendfsync").get("appendfsync")
         except ResponseError:  # managed brokers forbid CONFIG
             appendfsync = None
-        try:
-            client.eval(_MAY_I_WRITE, 0)
-            refusal = None
-        except ResponseError as error:
-            refusal = str(error)
+    refusal = write_refusal(connections)
     server, version = _server_version(info)
     return BrokerFacts(
         version=f"{server} {version}",

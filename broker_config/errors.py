@@ -22,6 +22,12 @@
     │   ├── JobNotFound · JobConflict · JobNotFinished · WaitTimeout
     │   └── JobFailed · JobCanceled · ResultExpired · WrongOutput
     ├── BlobError                     BlobMissing · BlobStoreUnknown · BlobCorrupt
+    ├── RequestError                  an HTTP request was refused by the gateway, whatever it asked for
+    │   ├── BadRequest · RouteNotFound · MethodNotAllowed · MediaTypeUnsupported · RangeNotSatisfiable
+    │   ├── NotAuthenticated · NotAllowed · WrongHost
+    │   ├── LengthRequired · BodyTooLarge · QueryTooLong · UploadTooSlow
+    │   ├── TryLater                  RateLimited · QuotaExceeded · GatewayBusy
+    │   └── InternalError
     └── WorkerError                   an attempt failed in the worker
         ├── WeightsMissing · WeightsMismatch · DecodeFailed · NonFiniteOutput · OutOfMemory
         └── EncodeFailed · UnsupportedMessage · StartDeadlinePassed · JobTimedOut · WorkerCrashed
@@ -327,6 +333,125 @@ class BlobCorrupt(BlobError):
     """The blob's bytes do not match their sha256."""
 
     code = "blob_corrupt"
+
+
+# The gateway ---------------------------------------------------------------------------------------------
+
+
+class RequestError(LatentqError):
+    """The gateway refused the request."""
+
+    code = "request_error"
+
+
+class BadRequest(RequestError):
+    """The request cannot be read."""
+
+    code = "bad_request"
+
+
+class RouteNotFound(RequestError):
+    """The gateway has nothing at this path; /docs lists what there is."""
+
+    code = "route_not_found"
+
+
+class MethodNotAllowed(RequestError):
+    """This path does not take this method; /docs lists what there is."""
+
+    code = "method_not_allowed"
+
+
+class MediaTypeUnsupported(RequestError):
+    """The body is of a kind that is not taken here."""
+
+    code = "media_type_unsupported"
+
+
+class RangeNotSatisfiable(RequestError):
+    """The range lies outside of the output."""
+
+    code = "range_not_satisfiable"
+
+
+class NotAuthenticated(RequestError):
+    """No key was given, or it is unknown or revoked: send `Authorization: Bearer KEY`."""
+
+    code = "not_authenticated"
+
+
+class NotAllowed(RequestError):
+    """The key may not do this, or the request comes from another site's page."""
+
+    code = "not_allowed"
+
+
+class WrongHost(RequestError):
+    """The Host header is not one of this gateway's names: add it to LATENTQ_GATEWAY_ALLOWED_HOSTS."""
+
+    code = "wrong_host"
+
+
+class LengthRequired(RequestError):
+    """The request does not say how long its body is: send Content-Length."""
+
+    code = "length_required"
+
+
+class BodyTooLarge(RequestError):
+    """The body is larger than what is taken here."""
+
+    code = "body_too_large"
+
+
+class QueryTooLong(RequestError):
+    """The query string is longer than what is taken here."""
+
+    code = "query_too_long"
+
+
+class UploadTooSlow(RequestError):
+    """The body came too slowly."""
+
+    code = "upload_too_slow"
+    retryable = True
+
+
+class TryLater(RequestError):
+    """The same request may be taken later."""
+
+    code = "try_later"
+    retryable = True
+
+    def __init__(self, message: str | None = None, /, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        #: When it is worth trying again, in seconds.
+        self.retry_after_s = retry_after_s
+
+
+class RateLimited(TryLater):
+    """The key asks more often than its rate allows."""
+
+    code = "rate_limited"
+
+
+class QuotaExceeded(TryLater):
+    """The key has used up its jobs of the day."""
+
+    code = "quota_exceeded"
+
+
+class GatewayBusy(TryLater):
+    """The gateway does as much as it may at a time; try again."""
+
+    code = "gateway_busy"
+
+
+class InternalError(RequestError):
+    """The gateway met an error it does not know; its log has more."""
+
+    code = "internal_error"
+    retryable = True
 
 
 # Worker -------------------------------------------------------------------------------------------------

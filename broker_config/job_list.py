@@ -27,6 +27,8 @@ _LISTS: Final = {
 #: How many of each list are compared. The lists are not quite in the order of submission: a retry goes to the end
 #: of its queue, and registries are ordered by the end of retention.
 _WINDOW: Final = 200
+#: The same for pages after the first.
+_DEEP_WINDOW: Final = 5000
 #: Records read in one round trip.
 _CHUNK: Final = 500
 _FIELDS: Final = (
@@ -67,8 +69,21 @@ class JobList:
         self._connections = connections
         self._report = QueueReport(connections)
 
-    def newest(self, *, status: JobStatus | None = None, vae: str | None = None, limit: int = 20) -> list[JobRow]:
+    def newest(
+        self,
+        *,
+        status: JobStatus | None = None,
+        vae: str | None = None,
+        limit: int = 20,
+        before: tuple[int, str] | None = None,
+    ) -> list[JobRow]:
         """Jobs by the time they were submitted, newest first. Looks at 200 (or `limit`) of each list.
+
+        Args:
+            status: in this state only.
+            vae: of this VAE only.
+            limit: how many.
+            before: only jobs older than the one submitted at this time (ms) with this id; looks at 5,000 of each list.
 
         Raises:
             InvalidOption: `status` is `expired`.
@@ -76,12 +91,14 @@ class JobList:
         if status is JobStatus.EXPIRED:
             raise InvalidOption("expired jobs are on no list: ask for one with `latentq status ID`", field="status")
         wanted = [status] if status is not None else list(_LISTS)
-        found = self._ids(wanted, vae=vae, window=max(limit, _WINDOW))
+        found = self._ids(wanted, vae=vae, window=max(limit, _WINDOW) if before is None else _DEEP_WINDOW)
         with pipelined(self._connections) as pipe:
             for job_id in found:
                 pipe.hget(keys.job(job_id), "submitted_ms")
             times = pipe.execute()
         ages = sorted(((int(time), job_id) for time, job_id in zip(times, found, strict=True) if time), reverse=True)
+        if before is not None:
+            ages = [item for item in ages if item < before]
         rows: list[JobRow] = []
         for start in range(0, len(ages), _CHUNK):
             rows += [

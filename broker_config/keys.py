@@ -22,8 +22,8 @@ Schema (`latentq:` is our prefix, `rq:` RQ's own, which `RQ_KEY_PREFIX` may chan
     latentq:deadlines         zset    job id → start deadline, ms            member goes when the job ends, or when the
                                                                              janitor finds the time past
     latentq:parked            zset    job id → schema_version it needs       member goes when a newer worker takes it
-    latentq:totals            hash    live jobs: count, latents and          owned by the scripts; three fields
-                                      reserved bytes
+    latentq:totals            hash    live jobs: count, latents and          owned by the scripts; four fields
+                                      reserved bytes, pixels
     latentq:claim:<worker>    hash    token and answer of its last claim     1 h
     latentq:bell:<vae>        list    wakes idle workers; holds no ids       1 h, trimmed to 64
     latentq:serving:<vae>     zset    worker → ms until which it serves      member expires by score; 1 h
@@ -31,6 +31,15 @@ Schema (`latentq:` is our prefix, `rq:` RQ's own, which `RQ_KEY_PREFIX` may chan
     latentq:paused            set     VAEs whose queues nobody claims from   owned by `latentq pause`/`resume`
     latentq:reaper            hash    who reaps, since when, grace           1 h
     latentq:janitor           string  the janitor that leads                 3 s, renewed every second
+    latentq:tally:<vae>       hash    outcomes and times of ended jobs       owned by the scripts; some fifty fields
+    latentq:pulse:<quarter>   hash    the same, of a quarter of a minute     1 h
+    latentq:keys              hash    key id → name, digest, scopes, quotas  owned by `latentq keys`
+    latentq:session:<digest>  string  a browser's session: key id, token     12 h
+    latentq:rate:<key>        string  when a key may ask again (GCRA), µs    until then
+    latentq:quota:<key>:<day> string  jobs a key submitted on a day (UTC)    2 days
+    latentq:index:<key>       zset    ids a key submitted → ms               as the longest-lived of its jobs
+    latentq:ended             channel the id of each job that ends; nothing  none
+                                      depends on its being heard
 
 Times are milliseconds by the broker's own clock (`TIME`); no host's clock decides anything.
 """
@@ -64,6 +73,9 @@ TOTALS = PREFIX + "totals"
 PAUSED = PREFIX + "paused"
 REAPER = PREFIX + "reaper"
 JANITOR = PREFIX + "janitor"
+API_KEYS = PREFIX + "keys"
+#: A channel, not a key.
+ENDED_CHANNEL = PREFIX + "ended"
 STORES = PREFIX + "stores"
 RQ_QUEUES = RQ_PREFIX + "queues"
 RQ_WORKERS = RQ_PREFIX + "workers"
@@ -124,6 +136,30 @@ def serving(vae: str) -> str:
 
 def worker(name: str) -> str:
     return f"{PREFIX}worker:{name}"
+
+
+def tally(vae: str) -> str:
+    return f"{PREFIX}tally:{vae}"
+
+
+def pulse(quarter: int) -> str:
+    return f"{PREFIX}pulse:{quarter}"
+
+
+def session(digest: str) -> str:
+    return f"{PREFIX}session:{digest}"
+
+
+def rate(key_id: str) -> str:
+    return f"{PREFIX}rate:{key_id}"
+
+
+def quota(key_id: str, day: str) -> str:
+    return f"{PREFIX}quota:{key_id}:{day}"
+
+
+def index(key_id: str) -> str:
+    return f"{PREFIX}index:{key_id}"
 
 
 def rq_queue(name: str) -> str:

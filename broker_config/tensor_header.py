@@ -100,13 +100,7 @@ def read_header(data: bytes | bytearray | memoryview, *, total_bytes: int | None
         InvalidDtype: a dtype other than F16, BF16, F32, U8.
     """
     total = len(data) if total_bytes is None else total_bytes
-    if total < 8 or len(data) < 8:
-        raise TensorFileTruncated(f"the file has {total} bytes; a safetensors file starts with 8 bytes of length")
-    (length,) = struct.unpack("<Q", bytes(data[:8]))
-    if bytes(data[8:9]) not in (b"{", b"") or length < 2:
-        raise NotSafetensors()
-    if length > MAX_HEADER_BYTES:
-        raise TensorFileOversized(f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read")
+    length = header_length(data, total_bytes=total)
     if total < 8 + length or len(data) < 8 + length:
         raise TensorFileTruncated(f"the header claims {length} bytes, the file has {total}")
     header = _parse(bytes(data[8 : 8 + length]), data_start=8 + length)
@@ -119,6 +113,34 @@ def read_header(data: bytes | bytearray | memoryview, *, total_bytes: int | None
             f"{header.dtype} {list(header.shape)} needs {header.file_bytes} bytes, the file has {total}"
         )
     return header
+
+
+def header_length(data: bytes | bytearray | memoryview, *, total_bytes: int) -> int:
+    """How long the header is that follows the first 8 bytes; `data` has these and may have more.
+
+    Raises:
+        NotSafetensors: the bytes are no safetensors file.
+        TensorFileTruncated: fewer than 8.
+        TensorFileOversized: a header over 256 KiB.
+    """
+    if total_bytes < 8 or len(data) < 8:
+        raise TensorFileTruncated(f"the file has {total_bytes} bytes; a safetensors file starts with 8 bytes of length")
+    (length,) = struct.unpack("<Q", bytes(data[:8]))
+    if bytes(data[8:9]) not in (b"{", b"") or length < 2:
+        raise NotSafetensors()
+    if length > MAX_HEADER_BYTES:
+        raise TensorFileOversized(f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read")
+    return int(length)
+
+
+def peek_header(data: bytes | bytearray) -> TensorHeader:
+    """The header of a file of which only this much has come: its length and the header itself. Errors as `read_header`,
+    but for those about the length of the file.
+    """
+    length = header_length(data, total_bytes=len(data))
+    if len(data) < 8 + length:
+        raise TensorFileTruncated(f"the header claims {length} bytes, {len(data)} have come")
+    return _parse(bytes(data[8 : 8 + length]), data_start=8 + length)
 
 
 def _parse(text: bytes, *, data_start: int) -> TensorHeader:

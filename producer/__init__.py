@@ -19,12 +19,16 @@ from broker_config.errors import (
 from broker_config.messages import DecodeResult, JobSnapshot, JobStatus, Mode, Output
 from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeCatalog
+from producer.async_client import AsyncDecodeClient
+from producer.async_job_handle import AsyncJobHandle
 from producer.client import DecodeClient
 from producer.job_handle import JobHandle
 from producer.submission import DecodeOptions
 
 __all__ = [
     # clients
+    "AsyncDecodeClient",
+    "AsyncJobHandle",
     "DecodeClient",
     "DecodeOptions",
     "JobHandle",

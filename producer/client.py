@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 from broker_config import keys
 from broker_config.connection import MAX_BLOCK_S, Connections, broker_errors, connect, connect_url
-from broker_config.errors import (
-    BlobMissing,
-    InvalidOption,
-    LatentqError,
-    QueueFull,
-    ResultExpired,
-)
+from broker_config.errors import InvalidOption, QueueFull
 from broker_config.job_store import JobStore
 from broker_config.latent_geometry import FACTS, Geometry, LatentLayout
 from broker_config.messages import DecodeRequest, Kind
@@ -28,10 +22,9 @@ from producer.job_handle import JobHandle
 from producer.pipelines import options_of
 from producer.pixel_input import ENCODE_OPTIONS, Pictures, build_encode_request, encode_options
 from producer.submission import DecodeOptions, build_request, checked_options, checked_state, new_job_id
+from producer.submit_attempt import LONGEST_PAUSE_S, RedecodeAttempt, SubmitAttempt, latents_gone
 from producer.tensor_input import Latents, TensorFile, read_tensor_file, to_tensor_file
 
-#: A submit whose latents expired before they were accepted stores them again, this often.
-_SUBMIT_TRIES: Final = 3
 #: Streams one blocking read watches; Redis looks at each of them when any wakes us.
 _WATCH_CHUNK: Final = 512
 
@@ -110,11 +103,7 @@ class DecodeClient:
                 cannot make a second job.
             BlobStoreUnavailable: the store of large blobs did not take the latents; nothing was accepted.
         """
-        if pipeline is not None:
-            options = options_of(pipeline, options, catalog=self.catalog)
-        asked = _options(options)
-        tensor = to_tensor_file(latents, max_bytes=self._settings.max_latents_bytes)
-        return self._submit(tensor, asked, block_s=block_s)
+        return self._accepted(self.attempt(self.taken(latents), pipeline=pipeline, **options), block_s=block_s)
 
     def submit_file(self, path: Path | str, *, pipeline: Any = None, block_s: float = 0.0, **options: Any) -> JobHandle:
         """Hands over the latents in a safetensors file with one tensor. Arguments and errors as `submit`.
@@ -122,11 +111,13 @@ class DecodeClient:
         Raises:
             InvalidTensorFile: cannot be read, truncated, oversized, or not safetensors.
         """
-        if pipeline is not None:
-            options = options_of(pipeline, options, catalog=self.catalog)
-        asked = _options(options)
-        tensor = read_tensor_file(Path(path), max_bytes=self._settings.max_latents_bytes)
-        return self._submit(tensor, asked, block_s=block_s)
+        return self._accepted(self.attempt(self.read(path), pipeline=pipeline, **options), block_s=block_s)
+
+    def submit_tensor_file(
+        self, tensor: TensorFile, *, pipeline: Any = None, block_s: float = 0.0, **options: Any
+    ) -> JobHandle:
+        """Hands over latents that are a safetensors file in memory already. Arguments and errors as `submit`."""
+        return self._accepted(self.attempt(lambda: tensor, pipeline=pipeline, **options), block_s=block_s)
 
     def encode(self, pictures: Pictures, *, pipeline: Any = None, block_s: float = 0.0, **options: Any) -> JobHandle:
         """Hands pictures over to be made into latents, normalised as the pipeline wants them; `.tensor()` has them.
@@ -143,12 +134,7 @@ class DecodeClient:
             InvalidJob: one of its subclasses; nothing was stored.
             JobConflict, QueueFull, BrokerUnreachable, BlobStoreUnavailable: as `submit`.
         """
-        if pipeline is not None:
-            told = options_of(pipeline, options, catalog=self.catalog)
-            options = {name: value for name, value in told.items() if name in ENCODE_OPTIONS or name in options}
-        asked = _options(encode_options(options))
-        request, file = build_encode_request(pictures, asked, catalog=self.catalog, settings=self._settings)
-        return self._send(request, file, block_s=block_s)
+        return self._accepted(self.encode_attempt(pictures, pipeline=pipeline, **options), block_s=block_s)
 
     def redecode(self, job_id: str, /, *, block_s: float = 0.0, **options: Any) -> JobHandle:
         """Decodes the retained latents of a job again, as a new job with other options.
@@ -164,23 +150,7 @@ class DecodeClient:
             ResultExpired: its latents are gone.
             InvalidOption: an option that would change what the latents are.
         """
-        snapshot = self.store.snapshot(job_id)
-        source = snapshot.request
-        if source is None:
-            raise ResultExpired(
-                f"the latents of job {job_id} are gone: their retention has ended; submit them again",
-                job_id=job_id,
-            )
-        if source.kind is not Kind.DECODE:
-            raise InvalidOption(f"job {job_id} encodes pictures: there is nothing to decode again", field="job_id")
-        request = self._again(source, options)
-        try:
-            return self._accept(request, None, block_s=block_s)
-        except BlobMissing:
-            raise ResultExpired(
-                f"the latents of job {job_id} are gone: their retention has ended; submit them again",
-                job_id=job_id,
-            ) from None
+        return self._accepted(self.redecode_attempt(job_id, **options), block_s=block_s)
 
     def job(self, job_id: str) -> JobHandle:
         """The handle of a job that was submitted before, here or elsewhere."""
@@ -227,45 +197,54 @@ class DecodeClient:
             ended = [item.job_id for item in self.store.snapshots(job_ids[:_WATCH_CHUNK]) if item.status.is_terminal]
         return ended
 
-    def _submit(self, tensor: TensorFile, options: DecodeOptions, *, block_s: float) -> JobHandle:
-        request = build_request(tensor, options, catalog=self.catalog, settings=self._settings)
-        return self._send(request, tensor, block_s=block_s)
+    # Steps shared with the asynchronous client, which waits in another way between two tries ---------------
 
-    def _send(self, request: DecodeRequest, tensor: TensorFile, *, block_s: float) -> JobHandle:
-        try:
-            for _ in range(_SUBMIT_TRIES - 1):
-                try:
-                    return self._accept(request, tensor, block_s=block_s)
-                except BlobMissing:  # slower than the provisional lifetime
-                    continue
-            return self._accept(request, tensor, block_s=block_s)
-        except LatentqError as error:
-            error.job_id = request.job_id
-            raise
+    def attempt(self, latents: Callable[[], TensorFile], *, pipeline: Any = None, **options: Any) -> SubmitAttempt:
+        """A submit that has been checked and not begun. Options and errors as `submit`."""
+        if pipeline is not None:
+            options = options_of(pipeline, options, catalog=self.catalog)
+        asked = _options(options)
+        tensor = latents()
+        request = build_request(tensor, asked, catalog=self.catalog, settings=self._settings)
+        return SubmitAttempt(request, tensor, store=self.store, blobs=self.blobs)
 
-    def _accept(self, request: DecodeRequest, tensor: TensorFile | None, *, block_s: float) -> JobHandle:
-        """Brings the job in, with its latents unless they are stored; tries again while the queue is full."""
+    def encode_attempt(self, pictures: Pictures, *, pipeline: Any = None, **options: Any) -> SubmitAttempt:
+        """An encode that has been checked and not begun. Arguments and errors as `encode`."""
+        if pipeline is not None:
+            told = options_of(pipeline, options, catalog=self.catalog)
+            options = {name: value for name, value in told.items() if name in ENCODE_OPTIONS or name in options}
+        asked = _options(encode_options(options))
+        request, file = build_encode_request(pictures, asked, catalog=self.catalog, settings=self._settings)
+        return SubmitAttempt(request, file, store=self.store, blobs=self.blobs)
+
+    def redecode_attempt(self, job_id: str, /, **options: Any) -> RedecodeAttempt:
+        """A redecode that has been checked and not begun. Arguments and errors as `redecode`."""
+        source = self.store.snapshot(job_id).request
+        if source is None:
+            raise latents_gone(job_id)
+        if source.kind is not Kind.DECODE:
+            raise InvalidOption(f"job {job_id} encodes pictures: there is nothing to decode again", field="job_id")
+        return RedecodeAttempt(self._again(source, options), store=self.store)
+
+    def taken(self, latents: Latents) -> Callable[[], TensorFile]:
+        """Makes a file of a tensor."""
+        return lambda: to_tensor_file(latents, max_bytes=self._settings.max_latents_bytes)
+
+    def read(self, path: Path | str) -> Callable[[], TensorFile]:
+        """Reads a file."""
+        return lambda: read_tensor_file(Path(path), max_bytes=self._settings.max_latents_bytes)
+
+    def _accepted(self, attempt: SubmitAttempt | RedecodeAttempt, *, block_s: float) -> JobHandle:
         deadline = time.monotonic() + block_s
         while True:
             try:
-                self._hand_in(request, tensor)
-                return JobHandle(self, request.job_id)
+                attempt.once()
+                return JobHandle(self, attempt.job_id)
             except QueueFull as error:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise
-                time.sleep(min(left, error.retry_after_s, 0.5))
-
-    def _hand_in(self, request: DecodeRequest, tensor: TensorFile | None) -> None:
-        if tensor is None:
-            self.store.submit(request)
-            return
-        size = request.latents.size_bytes
-        if self.blobs.is_inline(size):
-            self.store.submit(request, tensor.data)
-        elif self.store.admit(request, in_broker=self.blobs.lies_in_broker(size)):
-            latents = self.blobs.put(request.latents.name, tensor.data)
-            self.store.submit(dataclasses.replace(request, latents=latents))
+                time.sleep(min(left, error.retry_after_s, LONGEST_PAUSE_S))
 
     def _again(self, source: DecodeRequest, options: dict[str, Any]) -> DecodeRequest:
         entry = self.catalog[source.vae]

@@ -1,4 +1,4 @@
-"""Everything on one machine: the embedded broker (unless a URL is set), workers and a janitor as processes."""
+"""Everything on one machine: the embedded broker (unless a URL is set), workers, janitor and gateway as processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import redis
 
@@ -19,6 +20,19 @@ from producer.supervisor import EXIT_UNUSABLE, Supervisor
 _WATCH_S = 0.3
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayAddress:
+    """Where a gateway listens."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """What a browser takes."""
+        return f"http://[{self.host}]:{self.port}/" if ":" in self.host else f"http://{self.host}:{self.port}/"
+
+
 class LocalStack:
     """The processes behind `latentq up` and `latentq demo`."""
 
@@ -29,17 +43,20 @@ class LocalStack:
         vaes: tuple[str, ...],
         device: str | None = None,
         workers: int = 1,
+        gateway: GatewayAddress | None = None,
     ) -> None:
         """Args:
         settings: `redis_url` set: that broker is used and none is started.
         vaes: catalogue entries that the workers serve.
         device: of the workers; None: their own choice.
         workers: how many.
+        gateway: where the gateway listens; None: there is none.
         """
         self._settings = settings
         self._vaes = vaes
         self._device = device
         self._workers = workers
+        self._gateway = gateway
         self._supervisor = Supervisor()
         self._stop = threading.Event()
         #: Known once it runs.
@@ -84,6 +101,8 @@ class LocalStack:
             announce(f"broker   {redact(self.url)}")
             announce(f"worker   {self._workers} × {', '.join(self._vaes)}")
             announce("janitor  1")
+            if self._gateway is not None:
+                announce(f"gateway  {self._gateway.url}")
             announce("stop with Ctrl-C")
             while not self._stop.wait(_WATCH_S):
                 broken = self._supervisor.check()
@@ -100,6 +119,10 @@ class LocalStack:
     def _start_processes(self) -> None:
         environment = {"LATENTQ_REDIS_URL": self.url}
         self._supervisor.start("janitor", [sys.executable, "-m", "worker.janitor"], environment=environment)
+        if self._gateway is not None:
+            command = [sys.executable, "-m", "producer.gateway"]
+            command += ["--host", self._gateway.host, "--port", str(self._gateway.port)]
+            self._supervisor.start("gateway", command, environment=environment)
         for number in range(self._workers):
             command = [sys.executable, "-m", "worker"]
             for vae in self._vaes:

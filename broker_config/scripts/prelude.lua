@@ -128,6 +128,27 @@ end
 local RQ_STATUS = { succeeded = 'finished', failed = 'failed', canceled = 'canceled' }
 local RQ_RESULT = { succeeded = '1', failed = '2', canceled = '3' }
 
+-- What /metrics and the status page count: outcomes, and how long it took to wait, decode and encode; of each VAE since
+-- ever, and of all for an hour. The bounds are those of broker_config/tally.py.
+local BOUNDS_MS = { 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000, 300000, 900000 }
+local function tally(rec, state, now, result)
+  local whole, pulse = P .. 'tally:' .. rec.vae, P .. 'pulse:' .. int(math.floor(now / 15000))
+  call('HINCRBY', whole, state, 1)
+  call('HINCRBY', pulse, state, 1)
+  call('EXPIRE', pulse, 3600)
+  if state ~= 'succeeded' then return end
+  local timings = result and cjson.decode(result).timings_s or {}
+  local took = { wait = math.max(0, (tonumber(rec.started_ms) or now) - tonumber(rec.submitted_ms)),
+    decode = (tonumber(timings.decode) or 0) * 1000, encode = (tonumber(timings.encode) or 0) * 1000 }
+  for name, ms in pairs(took) do
+    local slot = 1
+    while BOUNDS_MS[slot] and ms > BOUNDS_MS[slot] do slot = slot + 1 end
+    call('HINCRBY', whole, name .. ':' .. slot, 1)
+    call('HINCRBY', whole, name .. ':ms', int(ms))
+    call('HINCRBY', pulse, name .. ':ms', int(ms))
+  end
+end
+
 -- A terminal state, once: record, RQ's hash, registry and result stream (whose entry wakes every waiter),
 -- ownership, totals. `rq_field`, `rq_value`: what RQ's Result holds (return_value or exc_string).
 local function finish(rec, state, now, rq_field, rq_value, result)
@@ -147,6 +168,7 @@ local function finish(rec, state, now, rq_field, rq_value, result)
   call('HINCRBY', TOTALS, 'jobs', -1)
   call('HINCRBY', TOTALS, 'latents_bytes', -tonumber(rec.latents_bytes))
   call('HINCRBY', TOTALS, 'reserved_bytes', -tonumber(rec.reserved_bytes))
+  call('HINCRBY', TOTALS, 'px', -tonumber(rec.px or 0))
 
   local queue = rec.rq_queue
   unlist(rec)
@@ -168,6 +190,11 @@ local function finish(rec, state, now, rq_field, rq_value, result)
   end
   call('XADD', RQ .. 'results:' .. id, 'MAXLEN', '10', '*', unpack(entry))
   call('PEXPIRE', RQ .. 'results:' .. id, int(retention))
+
+  tally(rec, state, now, result)
+  -- Wakes those who wait for many jobs at a time. Lost rings are made up for by looking; a user of the broker who may
+  -- not publish must still be able to end jobs.
+  redis.pcall('PUBLISH', P .. 'ended', id)
 
   if rec.worker and rec.worker ~= '' and call('EXISTS', RQ .. 'worker:' .. rec.worker) == 1 then
     if state == 'succeeded' then call('HINCRBY', RQ .. 'worker:' .. rec.worker, 'successful_job_count', 1) end

@@ -41,5 +41,6 @@ own(blob, id, 'inf')
 call('HINCRBY', TOTALS, 'jobs', 1)
 call('HINCRBY', TOTALS, 'latents_bytes', rec.latents_bytes)
 call('HINCRBY', TOTALS, 'reserved_bytes', rec.reserved_bytes)
+call('HINCRBY', TOTALS, 'px', rec.px)
 ring(rec.vae)
 return { 'accepted', 'queued' }

@@ -11,7 +11,7 @@ import sys
 import typer
 
 from broker_config.errors import ConfigurationError, LatentqError
-from producer.cli import jobs, operations, services
+from producer.cli import jobs, keys, operations, services
 
 app = typer.Typer(
     name="latentq",
@@ -24,6 +24,7 @@ app = typer.Typer(
 services.register(app)
 jobs.register(app)
 operations.register(app)
+keys.register(app)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Commands that run things: up, demo, worker, janitor."""
+"""Commands that run things: up, demo, worker, janitor, gateway."""
 
 from __future__ import annotations
 
@@ -21,19 +21,26 @@ def register(app: typer.Typer) -> None:
     app.command()(demo)
     app.command(context_settings=_PASS_ON)(worker)
     app.command(context_settings=_PASS_ON)(janitor)
+    app.command(context_settings=_PASS_ON)(gateway)
 
 
 def up(
     vae: Annotated[list[str] | None, typer.Option(help="Catalogue entry to serve; repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="Device of the worker, e.g. cuda:0.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+    with_gateway: Annotated[bool, typer.Option("--gateway/--no-gateway", help="Whether to serve HTTP, too.")] = True,
 ) -> None:
-    """Run everything on this machine until stopped: broker, worker, janitor."""
-    from producer.local_stack import LocalStack
+    """Run everything on this machine until stopped: broker, worker, janitor, gateway."""
+    from producer.gateway.settings import load_gateway_settings
+    from producer.local_stack import GatewayAddress, LocalStack
 
     settings = load_settings()
     configure_logging(settings)
-    stack = LocalStack(settings, vaes=tuple(vae or ("demo",)), device=device, workers=workers)
+    address = None
+    if with_gateway:
+        own = load_gateway_settings()
+        address = GatewayAddress(host=own.host, port=own.port)
+    stack = LocalStack(settings, vaes=tuple(vae or ("demo",)), device=device, workers=workers, gateway=address)
     raise typer.Exit(stack.run_until_stopped(announce=typer.echo))
 
 
@@ -54,6 +61,11 @@ def worker(context: typer.Context) -> None:
 def janitor(context: typer.Context) -> None:
     """Run a janitor: returns jobs of dead workers, ends retention. Several may run; one leads."""
     become("worker.janitor", context.args)
+
+
+def gateway(context: typer.Context) -> None:
+    """Run a gateway: HTTP for clients without Redis, and the status page. Several may run."""
+    become("producer.gateway", context.args)
 
 
 def become(module: str, arguments: list[str]) -> NoReturn:

@@ -16,6 +16,7 @@ import pytest
 from broker_config.embedded_broker import find_running
 from broker_config.tensor_header import write_header
 from tests.support.processes import ROOT
+from tests.support.up import free_port
 from tests.support.wait import wait_until
 
 README = (ROOT / "README.md").read_text()
@@ -33,6 +34,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     folder = tmp_path_factory.mktemp("readme")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LATENTQ_")}
     environment |= {"LATENTQ_DATA_DIR": str(folder / "data"), "PATH": f"{Path(LATENTQ).parent}:{os.environ['PATH']}"}
+    environment["LATENTQ_GATEWAY_PORT"] = str(free_port())  # other tests run theirs beside it
     command = blocks("bash")[0].split("#")[0].split()
     assert command[:2] == ["latentq", "up"]
     with (folder / "up.log").open("wb") as log:

@@ -118,7 +118,7 @@ def test_a_purged_job_wakes_its_waiter_frees_admission_and_keeps_its_latents_for
     made.queued("waits", retention_s=500)
     cli("purge", "sdxl", "--yes")
     assert client.job("waits").wait(timeout=10).status is JobStatus.CANCELED
-    assert admin.hgetall(keys.TOTALS) == {b"jobs": b"0", b"latents_bytes": b"0", b"reserved_bytes": b"0"}
+    assert admin.hgetall(keys.TOTALS) == {b"jobs": b"0", b"latents_bytes": b"0", b"reserved_bytes": b"0", b"px": b"0"}
     (blob,) = admin.scan_iter(keys.blob("waits*"))
     assert 490 <= admin.ttl(blob) <= 500
     assert admin.zcard(keys.rq_registry("canceled", "latentq.sdxl.normal")) == 1

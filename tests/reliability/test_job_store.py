@@ -1365,10 +1365,10 @@ def test_what_admission_counts_is_given_back_however_a_job_ends(
     queue: Queue, end: Callable[[Queue], JobStatus]
 ) -> None:
     job = queue.submit(latents=b"x" * 100)
-    assert queue.totals() == {"jobs": 1, "latents_bytes": 100, "reserved_bytes": 2 * PX}
+    assert queue.totals() == {"jobs": 1, "latents_bytes": 100, "reserved_bytes": 2 * PX, "px": PX}
     status = end(queue)
     assert queue.state(job) is status
-    assert queue.totals() == {"jobs": 0, "latents_bytes": 0, "reserved_bytes": 0}
+    assert queue.totals() == {"jobs": 0, "latents_bytes": 0, "reserved_bytes": 0, "px": 0}
     assert queue.waiting() == []
     assert queue.admin.zcard(keys.LEASES) == 0
     assert queue.admin.zscore(keys.RETENTION, job) == queue.store().snapshot(job).expires_ms
@@ -1376,7 +1376,7 @@ def test_what_admission_counts_is_given_back_however_a_job_ends(
     assert [key for key in queue.admin.scan_iter("rq:execution*")] == []
     assert queue.admin.xlen(keys.rq_results(job)) == 1
     queue.store().retire(job)
-    assert queue.totals() == {"jobs": 0, "latents_bytes": 0, "reserved_bytes": 0}
+    assert queue.totals() == {"jobs": 0, "latents_bytes": 0, "reserved_bytes": 0, "px": 0}
     assert {key.decode() for key in queue.admin.scan_iter(f"*{job}*")} <= {keys.job(job), keys.attempts(job)}
 
 

@@ -145,6 +145,7 @@ def assert_accepted_once(admin: Any, job_id: str, way: Way = SMALL) -> None:
         b"jobs": b"1",
         b"latents_bytes": str(len(data)).encode(),
         b"reserved_bytes": str(way.reserved_bytes).encode(),
+        b"px": record["px"],
     }
     assert record["state"] == b"queued"
     assert admin.hget(keys.rq_job(job_id), "status") == b"queued"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -19,3 +20,15 @@ def wait_until(condition: Callable[[], T], *, timeout_s: float = 30.0, what: str
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout_s} s for {what or condition}")
         time.sleep(0.01)
+
+
+async def wait_until_async(condition: Callable[[], T], *, timeout_s: float = 30.0, what: str = "") -> T:
+    """As `wait_until`, while the loop goes on."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s} s for {what or condition}")
+        await asyncio.sleep(0.01)

@@ -56,6 +56,22 @@ CODES = {
     "start_deadline_passed": "StartDeadlinePassed",
     "job_timed_out": "JobTimedOut",
     "worker_crashed": "WorkerCrashed",
+    "bad_request": "BadRequest",
+    "route_not_found": "RouteNotFound",
+    "method_not_allowed": "MethodNotAllowed",
+    "media_type_unsupported": "MediaTypeUnsupported",
+    "range_not_satisfiable": "RangeNotSatisfiable",
+    "not_authenticated": "NotAuthenticated",
+    "not_allowed": "NotAllowed",
+    "wrong_host": "WrongHost",
+    "length_required": "LengthRequired",
+    "body_too_large": "BodyTooLarge",
+    "query_too_long": "QueryTooLong",
+    "upload_too_slow": "UploadTooSlow",
+    "rate_limited": "RateLimited",
+    "quota_exceeded": "QuotaExceeded",
+    "gateway_busy": "GatewayBusy",
+    "internal_error": "InternalError",
 }
 
 
@@ -106,7 +122,7 @@ def test_the_docstring_is_the_default_message(cls: type[LatentqError]) -> None:
     assert "__doc__" in vars(cls)
     assert cls.__doc__ is not None
     first = cls.__doc__.strip().splitlines()[0]
-    more: dict[str, Any] = {"retry_after_s": 1.0} if cls is errors.QueueFull else {}
+    more: dict[str, Any] = {"retry_after_s": 1.0} if issubclass(cls, errors.QueueFull | errors.TryLater) else {}
     made = cls(**more)
     assert made.message == str(made) == first
     assert first.endswith(".")

@@ -1,0 +1,96 @@
+"""What handlers share: the client, the settings, and who counts what. Built once, found under one key of the app."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from aiohttp import web
+
+from broker_config.connection import Connections
+from broker_config.settings import Settings
+from broker_config.tally import Tallies
+from broker_config.vae_catalog import VaeCatalog
+from producer.async_client import AsyncDecodeClient
+from producer.gateway.api_keys import ApiKey, ApiKeys
+from producer.gateway.identity import Identity
+from producer.gateway.looking import Lookout
+from producer.gateway.sessions import Sessions
+from producer.gateway.settings import GatewaySettings
+from producer.gateway.streams import StreamGate
+from producer.gateway.throttle import Throttle
+from producer.gateway.uploads import UploadGate
+from producer.operations import Operations
+
+if TYPE_CHECKING:
+    from producer.gateway.metrics import GatewayMetrics
+    from producer.gateway.overview import Overviews
+
+#: How long a key is believed in before it is looked up again: a revoked one ends within this.
+_KEY_S: Final = 2.0
+_KEYS_KEPT: Final = 1024
+
+
+@dataclass(kw_only=True)
+class Gateway:
+    """Everything behind the routes of one gateway."""
+
+    settings: Settings
+    own: GatewaySettings
+    client: AsyncDecodeClient
+    keys: ApiKeys
+    sessions: Sessions
+    throttle: Throttle
+    operations: Operations
+    tallies: Tallies
+    uploads: UploadGate
+    streams: StreamGate
+    metrics: GatewayMetrics
+    overviews: Overviews
+    lookout: Lookout
+    _known: dict[str, tuple[float, ApiKey | None]] = field(default_factory=dict)
+
+    async def key_of_token(self, token: str) -> ApiKey | None:
+        """The key that a token belongs to, looked up at most every two seconds."""
+        now = time.monotonic()
+        known = self._known.get(token)
+        if known is None or known[0] < now:
+            if len(self._known) >= _KEYS_KEPT:
+                self._known.clear()
+            known = (now + _KEY_S, await self.client.run(self.keys.of_token, token))
+            if known[1] is not None:  # tokens that are none are not worth keeping
+                self._known[token] = known
+        return known[1]
+
+
+GATEWAY: Final = web.AppKey("gateway", Gateway)
+IDENTITY: Final[web.RequestKey[Identity]] = web.RequestKey("identity", Identity)
+
+
+def build_gateway(
+    connections: Connections, settings: Settings, own: GatewaySettings, *, catalog: VaeCatalog | None = None
+) -> Gateway:
+    """The parts of a gateway. Call it in the loop that it will run in."""
+    from producer.gateway.metrics import GatewayMetrics
+    from producer.gateway.overview import Overviews
+
+    client = AsyncDecodeClient(connections, settings=settings, catalog=catalog)
+    operations = Operations(client.blocking)
+    keys = ApiKeys(connections)
+    tallies = Tallies(connections)
+    return Gateway(
+        settings=settings,
+        own=own,
+        client=client,
+        keys=keys,
+        sessions=Sessions(connections, keys, own),
+        throttle=Throttle(connections, own),
+        operations=operations,
+        tallies=tallies,
+        uploads=UploadGate(own),
+        streams=StreamGate(own),
+        metrics=GatewayMetrics(client, operations, tallies),
+        overviews=Overviews(client, operations, tallies),
+        lookout=Lookout(client),
+    )

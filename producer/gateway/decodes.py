@@ -1,0 +1,217 @@
+"""`/v1/decodes`: submit, look, wait, cancel, decode again, free, list."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final
+
+from aiohttp import web
+
+from broker_config.errors import (
+    BadRequest,
+    BodyTooLarge,
+    InvalidOption,
+    JobNotFinished,
+    LatentqError,
+    MediaTypeUnsupported,
+    WaitTimeout,
+)
+from broker_config.messages import JobSnapshot, JobStatus
+from producer.gateway import jobs
+from producer.gateway.api_keys import Scope
+from producer.gateway.context import Gateway
+from producer.gateway.error_responses import problem
+from producer.gateway.identity import Identity
+from producer.gateway.job_views import job_url, show_jobs
+from producer.gateway.query import only, options_of, options_of_json, read, seconds, whole
+from producer.gateway.schemas import Batch, BatchItem, Job, JobPage
+from producer.gateway.streams import json_response
+from producer.gateway.submit_bodies import MULTIPART, Parts, SubmitBody, most_bytes
+from producer.gateway.uploads import deadline_for, length_of, small_body
+
+#: When it is worth looking again at a job that has not ended.
+_LOOK_AGAIN: Final = "1"
+_PREFER_WAIT = re.compile(r"(?:^|[,;\s])wait\s*(?:=\s*\"?(\d{1,6})\"?)?(?=$|[,;\s])", re.IGNORECASE)
+MOST_JOBS: Final = 200
+_PAGE_JOBS: Final = 50
+
+
+async def create(request: web.Request) -> web.StreamResponse:
+    """`POST /v1/decodes`."""
+    gateway, identity = jobs.context(request)
+    return await _submit(request, gateway, identity, name=None)
+
+
+async def put(request: web.Request) -> web.StreamResponse:
+    """`PUT /v1/decodes/{id}`: as POST, under a name of the client's; the same again is the same job."""
+    gateway, identity = jobs.context(request)
+    return await _submit(request, gateway, identity, name=request.match_info["id"])
+
+
+async def show(request: web.Request) -> web.StreamResponse:
+    """`GET /v1/decodes/{id}`."""
+    gateway, identity = jobs.context(request)
+    only(request.query, "wait")
+    job = await jobs.find(gateway, identity, request.match_info["id"])
+    if "wait" in request.query and not job.status.is_terminal:
+        asked = read("wait", request.query["wait"], seconds, "seconds")
+        job = await waited(gateway, job, asked)
+    return await _answer(gateway, identity, job, status=200)
+
+
+async def cancel(request: web.Request) -> web.StreamResponse:
+    """`POST /v1/decodes/{id}/cancel`: 200 canceled or ended before; 202 asked for."""
+    gateway, identity = jobs.context(request)
+    only(request.query)
+    job = await jobs.find_to_change(gateway, identity, request.match_info["id"])
+    handle = gateway.client.job(job.job_id)
+    word = await handle.cancel()
+    return await _answer(gateway, identity, await handle.snapshot(), status=200 if word.is_terminal else 202)
+
+
+async def redecode(request: web.Request) -> web.StreamResponse:
+    """`POST /v1/decodes/{id}/redecode`: a new job from the same latents."""
+    gateway, identity = jobs.context(request)
+    options = options_of(request.query)
+    text = await small_body(request, gateway.own)
+    if text:
+        try:
+            options |= options_of_json(json.loads(text.decode()))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, LatentqError):
+                raise
+            raise BadRequest("the body is not JSON") from None
+    job = await jobs.find_to_change(gateway, identity, request.match_info["id"])
+    again, new = await jobs.redecode(gateway, identity, job, options)
+    return await _answer(gateway, identity, again, status=202 if new else 200, made=True)
+
+
+async def delete(request: web.Request) -> web.StreamResponse:
+    """`DELETE /v1/decodes/{id}`: frees latents and outputs of a job that ended."""
+    gateway, identity = jobs.context(request)
+    only(request.query)
+    job = await jobs.find_to_change(gateway, identity, request.match_info["id"])
+    if not job.status.is_terminal:
+        raise JobNotFinished(f"job {job.job_id} is {job.status}: cancel it first", job_id=job.job_id)
+    await gateway.client.job(job.job_id).ack()
+    return web.Response(status=204)
+
+
+async def list_jobs(request: web.Request) -> web.StreamResponse:
+    """`GET /v1/decodes`."""
+    gateway, identity = jobs.context(request)
+    query = request.query
+    only(query, "status", "vae", "limit", "cursor")
+    status = read("status", query["status"], JobStatus, f"one of {', '.join(JobStatus)}") if "status" in query else None
+    limit = read("limit", query.get("limit", str(_PAGE_JOBS)), whole, "a whole number")
+    if not 1 <= limit <= MOST_JOBS:
+        raise InvalidOption(f"limit is {limit}, expected 1 to {MOST_JOBS}", field="limit")
+
+    def look() -> JobPage:
+        page = jobs.page_of(
+            gateway, identity, status=status, vae=query.get("vae"), limit=limit, cursor=query.get("cursor")
+        )
+        return JobPage(jobs=show_jobs(gateway.client.store, page.jobs, identity), next_cursor=page.cursor)
+
+    identity.require(Scope.READ)
+    return json_response(await gateway.client.run(look))
+
+
+async def create_batch(request: web.Request) -> web.StreamResponse:
+    """`POST /v1/decodes/batch`: several jobs in one multipart body; each is accepted or refused by itself."""
+    gateway, identity = jobs.context(request)
+    only(request.query)
+    if request.content_type != MULTIPART:
+        raise MediaTypeUnsupported(f"a batch is {MULTIPART}: a part `jobs`, then one part of latents for each job")
+    most = min(most_bytes(gateway, jobs=gateway.own.max_batch_jobs), gateway.own.max_uploads_bytes)
+    length = length_of(request, most=most)
+    items: list[BatchItem] = []
+    with gateway.uploads.admitted(length):
+        parts = Parts(request, gateway, deadline=deadline_for(length, gateway.own))
+        part = await parts.next()
+        forms = await parts.json(part) if part is not None and part.name == "jobs" else None
+        if not isinstance(forms, list) or not all(isinstance(form, dict) for form in forms) or not forms:
+            raise BadRequest("the first part of a batch is `jobs`: a JSON list of options, one object for each job")
+        if len(forms) > gateway.own.max_batch_jobs:
+            raise BodyTooLarge(f"the batch has {len(forms)} jobs, at most {gateway.own.max_batch_jobs} are taken")
+        for form in forms:
+            part = await parts.next()
+            if part is None:
+                raise BadRequest(f"the batch has {len(forms)} jobs and latents for {len(items)} of them")
+            items.append(await _batch_item(request, gateway, identity, form, parts.latents(part, form)))
+            await part.release()
+        if await parts.next() is not None:
+            raise BadRequest(f"the batch has more parts than the {len(forms)} jobs need")
+    return json_response(Batch(items=items), status=200)
+
+
+async def waited(gateway: Gateway, job: JobSnapshot, asked_s: float) -> JobSnapshot:
+    """The job once it ended, or after `asked_s` or the longest wait there is."""
+    handle = gateway.client.job(job.job_id)
+    try:
+        return await handle.wait(timeout=min(asked_s, gateway.own.wait_s))
+    except WaitTimeout:
+        return await handle.snapshot()
+
+
+def preferred_wait_s(request: web.Request) -> float | None:
+    """Seconds of `Prefer: wait=n` (RFC 7240); None: it is not there. Without a number: as long as may be."""
+    match = _PREFER_WAIT.search(",".join(request.headers.getall("Prefer", ())))
+    if match is None:
+        return None
+    return float(match[1]) if match[1] else float("inf")
+
+
+async def _submit(request: web.Request, gateway: Gateway, identity: Identity, *, name: str | None) -> web.Response:
+    identity.require(Scope.SUBMIT)
+    body = SubmitBody(gateway, request)
+    with gateway.uploads.admitted(body.length):
+        options, read_latents = await body.read()
+        if name is not None:
+            if options.get("job_id", name) != name:
+                raise InvalidOption(f"job_id and the path name two jobs; the path has {name[:80]!r}", field="job_id")
+            options["job_id"] = name
+        job, new = await jobs.submit(gateway, identity, read_latents, options)
+    wait_s = preferred_wait_s(request)
+    applied = {}
+    if wait_s is not None:
+        applied["Preference-Applied"] = f"wait={min(wait_s, gateway.own.wait_s):g}"
+        if not job.status.is_terminal:
+            job = await waited(gateway, job, wait_s)
+    status = 200 if not new else 201 if wait_s is not None and job.status.is_terminal else 202
+    return await _answer(gateway, identity, job, status=status, made=True, headers=applied)
+
+
+async def _batch_item(
+    request: web.Request, gateway: Gateway, identity: Identity, form: dict[str, Any], read_latents: jobs.ReadLatents
+) -> BatchItem:
+    try:
+        options = options_of_json(form, besides=("shape", "dtype"))
+        job, _ = await jobs.submit(gateway, identity, read_latents, options)
+        (shown,) = await gateway.client.run(show_jobs, gateway.client.store, [job], identity)
+        return BatchItem(job=shown)
+    except BadRequest:  # the body is broken: nothing after this can be read
+        raise
+    except LatentqError as error:
+        return BatchItem(error=problem(error, instance=request.path))
+
+
+async def _answer(
+    gateway: Gateway,
+    identity: Identity,
+    job: JobSnapshot,
+    *,
+    status: int,
+    made: bool = False,
+    headers: dict[str, str] | None = None,
+) -> web.Response:
+    shown: Job
+    (shown,) = await gateway.client.run(show_jobs, gateway.client.store, [job], identity)
+    told = dict(headers or {})
+    if made:
+        told["Location"] = job_url(shown.id)
+    if not job.status.is_terminal:
+        told["Retry-After"] = _LOOK_AGAIN
+    told["Cache-Control"] = "no-store"
+    return json_response(shown, status=status, headers=told)

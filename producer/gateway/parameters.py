@@ -1,0 +1,41 @@
+"""Query parameters and headers of the routes, as JSON schemas: what is no option of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from producer.gateway.decodes import MOST_JOBS
+
+WAIT: Final[Mapping[str, Mapping[str, Any]]] = {
+    "wait": {
+        "type": "number",
+        "minimum": 0,
+        "description": "Seconds to wait for the job's end, at most LATENTQ_GATEWAY_WAIT_S.",
+    }
+}
+PREFER: Final[Mapping[str, Mapping[str, Any]]] = {
+    "Prefer": {"type": "string", "description": "`wait=n`: wait up to n seconds for the job's end."}
+}
+RANGE: Final[Mapping[str, Mapping[str, Any]]] = {"Range": {"type": "string"}, "If-None-Match": {"type": "string"}}
+LIST: Final[Mapping[str, Mapping[str, Any]]] = {
+    "status": {"type": "string", "enum": ["queued", "processing", "succeeded", "failed", "canceled"]},
+    "vae": {"type": "string"},
+    "limit": {"type": "integer", "minimum": 1, "maximum": MOST_JOBS, "default": 50},
+    "cursor": {"type": "string", "description": "`next_cursor` of the page before."},
+}
+REMOTE: Final[Mapping[str, Mapping[str, Any]]] = {
+    "shape": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1, "maxItems": 8},
+    "dtype": {"type": "string", "enum": ["float16", "bfloat16", "float32"]},
+    "output_type": {"type": "string", "enum": ["pil", "pt", "mp4"], "default": "pil"},
+    "image_format": {"type": "string", "enum": ["jpg", "png", "webp"], "default": "jpg"},
+    "partial_postprocess": {"type": "string", "enum": ["True", "False", "true", "false"]},
+    "do_scaling": {"type": "string", "enum": ["True", "False", "true", "false"]},
+    "frames": {"type": "integer", "minimum": 1},
+}
+WAIT_ON: Final[Mapping[str, Mapping[str, Any]]] = {
+    "form": {"type": "string", "enum": ["image", "mp4", "tensor", "pixels", "unit"]},
+    "hop": {"type": "integer"},
+    "base64": {"type": "integer", "enum": [0, 1]},
+    "image": {"type": "string"},
+}

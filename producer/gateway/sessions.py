@@ -1,0 +1,62 @@
+"""Browsers that logged in: a cookie with a random token, its digest in the broker, and a CSRF token beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from dataclasses import dataclass
+from typing import Final
+
+from broker_config import keys
+from broker_config.connection import Connections, broker_errors
+from producer.gateway.api_keys import ApiKey, ApiKeys
+from producer.gateway.settings import GatewaySettings
+
+COOKIE: Final = "latentq_session"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BrowserSession:
+    """A session that holds."""
+
+    key: ApiKey
+    csrf: str
+
+
+class Sessions:
+    """The sessions of one broker; any gateway knows those of the others."""
+
+    def __init__(self, connections: Connections, api_keys: ApiKeys, settings: GatewaySettings) -> None:
+        self._connections = connections
+        self._keys = api_keys
+        self._lifetime_s = round(settings.session_s)
+
+    def begin(self, key: ApiKey) -> tuple[str, BrowserSession]:
+        """A new session of `key`: the cookie's value, and the session."""
+        token, csrf = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+        with broker_errors(self._connections.url):
+            self._connections.commands.set(
+                keys.session(_digest(token)), json.dumps({"key": key.id, "csrf": csrf}), ex=self._lifetime_s
+            )
+        return token, BrowserSession(key=key, csrf=csrf)
+
+    def find(self, token: str) -> BrowserSession | None:
+        """The session of a cookie; None: there is none, or its key was revoked."""
+        with broker_errors(self._connections.url):
+            raw = self._connections.commands.get(keys.session(_digest(token)))
+        if raw is None:
+            return None
+        stored = json.loads(raw)
+        key = self._keys.get(stored["key"])
+        return None if key is None else BrowserSession(key=key, csrf=stored["csrf"])
+
+    def end(self, token: str) -> None:
+        """Forgets a session."""
+        with broker_errors(self._connections.url):
+            self._connections.commands.delete(keys.session(_digest(token)))
+
+
+def _digest(token: str) -> str:
+    # The token is the key's name in the broker, so whoever reads the broker's keys must not get it.
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,123 @@
+"""Settings that only a gateway needs: where it listens, who may come in, and how much it takes."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from typing import Annotated, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from broker_config.errors import ConfigurationError
+
+__all__ = ["GatewaySettings", "load_gateway_settings"]
+
+MIB = 1024 * 1024
+
+
+class GatewaySettings(BaseSettings):
+    """Settings of one gateway process."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LATENTQ_GATEWAY_", env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on. Any other than loopback needs keys.")
+    port: int = Field(8765, ge=0, le=65535, description="Port to listen on; 0: any free one.")
+    auth: str = Field(
+        "auto",
+        pattern="^(auto|required)$",
+        description="`auto`: on loopback, without other names, everyone may do everything; `required`: with a key.",
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Names under which it may be asked, besides its address and localhost; separated by commas."
+    )
+    public_url: str | None = Field(
+        None, pattern=r"^https?://[^/@\s?#]+/?$", description="The URL that others see it under, behind a proxy."
+    )
+    default_vae: str | None = Field(None, description="VAE of `POST /`, where the path names none.")
+
+    wait_s: float = Field(25.0, gt=0, le=300, description="Longest time that one request waits for a job.")
+    remote_retention_s: float = Field(
+        3600.0, gt=0, description="How long latents and result of a `POST /decode/…` stay after the end."
+    )
+    session_s: float = Field(43_200.0, gt=0, description="How long a browser stays logged in.")
+
+    max_header_bytes: int = Field(8190, ge=512, description="Longest header field.")
+    max_query_bytes: int = Field(6144, ge=256, description="Longest query string.")
+    max_form_bytes: int = Field(64 * 1024, gt=0, description="Longest JSON of a request: options, metadata, a token.")
+    max_batch_jobs: int = Field(64, gt=0, description="Jobs of one batch submit.")
+    max_uploads: int = Field(256, gt=0, description="Bodies that are read at a time.")
+    max_uploads_bytes: int = Field(1024 * MIB, gt=0, description="Bytes of all bodies that are read at a time.")
+    min_upload_bytes_per_s: float = Field(
+        20_000.0, gt=0, description="Slowest upload, on average after the first `patience_s`."
+    )
+    patience_s: float = Field(
+        20.0, gt=0, description="How long a client may keep a connection without a request, a header, or reading on."
+    )
+    max_connections: int = Field(4096, gt=0, description="Connections at a time.")
+    max_streams: int = Field(256, gt=0, description="Event streams at a time.")
+    max_streams_per_key: int = Field(32, gt=0, description="The same for one key.")
+    rate_per_min: float = Field(1200.0, gt=0, description="Submits a minute of a key that has no rate of its own.")
+    jobs_per_day: int | None = Field(
+        None, gt=0, description="Jobs a day (UTC) of a key that has no quota of its own. Unset: any."
+    )
+    open_metrics: bool = Field(False, description="Whether `/metrics` is answered without a key.")
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return tuple(json.loads(value))
+        return tuple(part.strip().lower() for part in value.split(",") if part.strip())
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> Self:
+        if self.max_streams_per_key > self.max_streams:
+            raise ValueError("max_streams_per_key must be at most max_streams")
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Host names under which it may be asked, lower case, without port."""
+        given = {*self.allowed_hosts, self.host.lower(), "localhost"}
+        if self.public_url is not None:
+            given.add((urlsplit(self.public_url).hostname or "").lower())
+        return frozenset(given)
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether a request without a key is refused. A proxy on this machine would make strangers look local."""
+        return (
+            self.auth == "required" or not self.is_loopback or bool(self.allowed_hosts) or self.public_url is not None
+        )
+
+
+def load_gateway_settings(**overrides: object) -> GatewaySettings:
+    """Settings from the environment, with `overrides` on top.
+
+    Raises:
+        ConfigurationError: a value is not allowed; the message names each variable.
+    """
+    try:
+        return GatewaySettings(**{key: value for key, value in overrides.items() if value is not None or key[0] == "_"})  # type: ignore[arg-type]
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"LATENTQ_GATEWAY_{'_'.join(str(part) for part in item['loc']).upper() or '…'}: {item['msg']}"
+            for item in error.errors(include_input=False, include_url=False)
+        )
+        raise ConfigurationError(f"gateway settings are not usable: {wrong}") from None

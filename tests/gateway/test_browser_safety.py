@@ -1,0 +1,218 @@
+"""What a browser could be made to do: other sites' pages, rebound names, stolen sessions, sniffed types."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import redis
+import requests
+
+from broker_config import keys
+from broker_config.connection import connect_url
+from broker_config.errors import ConfigurationError
+from broker_config.settings import Settings
+from broker_config.vae_catalog import VaeCatalog
+from producer.gateway.app import check_startable
+from producer.gateway.settings import load_gateway_settings
+from tests.gateway.conftest import problem
+from tests.gateway.test_job_api import submit
+from tests.support.gateways import RunningGateway
+from tests.support.processes import environment_of
+
+# Where it listens -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "needs_key"),
+    [
+        ({}, False),
+        ({"host": "localhost"}, False),
+        ({"host": "::1"}, False),
+        ({"host": "127.0.0.2"}, False),
+        ({"host": "0.0.0.0"}, True),
+        ({"host": "::"}, True),
+        ({"host": "192.0.2.1"}, True),
+        ({"host": "gateway.example"}, True),
+        ({"auth": "required"}, True),
+        ({"allowed_hosts": "gateway.example"}, True),  # a proxy on this machine makes strangers look local
+        ({"public_url": "https://gateway.example"}, True),
+    ],
+)
+def test_others_need_keys_and_without_any_it_does_not_start(
+    own: dict[str, str], needs_key: bool, broker_url: str, new_key: Callable[..., str]
+) -> None:
+    settings = load_gateway_settings(_env_file=None, **own)
+    assert settings.needs_key is needs_key
+    connections = connect_url(broker_url, name="latentq-test")
+    catalog = VaeCatalog.load()
+    try:
+        if needs_key:
+            with pytest.raises(ConfigurationError, match="latentq keys add"):
+                check_startable(connections, settings, catalog)
+            new_key("submit")
+        check_startable(connections, settings, catalog)
+    finally:
+        connections.close()
+
+
+def test_the_command_ends_with_a_line_that_says_what_to_do(settings: Settings, gateway: RunningGateway) -> None:
+    command = [sys.executable, "-m", "producer.gateway"]
+    for more, words in (
+        (["--host", "0.0.0.0"], "latentq keys add"),
+        (["--port", str(gateway.port)], "LATENTQ_GATEWAY_PORT"),
+        (["--default-vae", "nobody"], "no VAE 'nobody'"),
+    ):
+        done = subprocess.run(
+            [*command, *more], env=environment_of(settings), capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_proxy_on_this_machine_does_not_make_strangers_local(gateway: RunningGateway) -> None:
+    for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP"):
+        assert problem(gateway.get("/v1/decodes", headers={name: "192.0.2.7"})) == (401, "not_authenticated")
+
+
+# Host and Origin ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "192.0.2.1", "", "[::2]", "a@b"]
+)
+def test_a_name_that_leads_here_and_is_not_ours_is_refused(gateway: RunningGateway, host: str) -> None:
+    answer = gateway.get("/v1/decodes", headers={"Host": host})
+    assert problem(answer) in ((421, "wrong_host"), (400, "bad_request"))
+    assert problem(gateway.get("/", headers={"Host": "evil.example"})) == (421, "wrong_host")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:{port}", "127.0.0.1", "[::1]:{port}", "127.9.9.9"])
+def test_our_own_names_are_not(gateway: RunningGateway, host: str) -> None:
+    assert gateway.get("/v1/decodes", headers={"Host": host.format(port=gateway.port)}).status_code == 200
+
+
+def test_a_name_that_was_allowed_is_ours(gateways: Callable[..., RunningGateway]) -> None:
+    gateway = gateways(allowed_hosts="queue.example, other.example")
+    assert gateway.get("/livez", headers={"Host": "queue.example:8765"}).status_code == 200
+    assert problem(gateway.get("/livez", headers={"Host": "third.example"})) == (421, "wrong_host")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://localhost:1"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"},
+    ],
+)
+def test_another_sites_page_changes_nothing(gateway: RunningGateway, headers: dict[str, str]) -> None:
+    submit(gateway, name="cat")
+    assert problem(gateway.post("/v1/decodes/cat/cancel", headers=headers)) == (403, "not_allowed")
+    assert gateway.get("/v1/decodes/cat").json()["status"] == "queued"
+
+
+def test_another_sites_page_reads_nothing_but_may_link(gateway: RunningGateway) -> None:
+    assert problem(gateway.get("/v1/decodes", headers={"Sec-Fetch-Site": "cross-site"})) == (403, "not_allowed")
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert gateway.get("/", headers=link).status_code == 200
+    answer = gateway.get("/v1/decodes", headers={"Origin": "https://evil.example"})
+    assert "Access-Control-Allow-Origin" not in answer.headers
+    assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+
+
+def test_our_own_page_may(gateway: RunningGateway) -> None:
+    submit(gateway, name="cat")
+    own = {"Origin": gateway.url, "Sec-Fetch-Site": "same-origin"}
+    assert gateway.post("/v1/decodes/cat/cancel", headers=own).json()["status"] == "canceled"
+
+
+# Sessions -------------------------------------------------------------------------------------------------------
+
+
+def log_in(gateway: RunningGateway, token: str) -> tuple[requests.Session, str]:
+    browser = requests.Session()
+    answer = browser.post(f"{gateway.url}/session", json={"token": token}, timeout=30)
+    assert answer.status_code == 200, answer.text
+    cookie = answer.headers["Set-Cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    return browser, answer.json()["csrf"]
+
+
+def test_a_session_reads_with_its_cookie_and_changes_with_its_token_too(
+    guarded: RunningGateway, new_key: Callable[..., str], admin: redis.Redis
+) -> None:
+    token = new_key("submit", "read")
+    submit(guarded, key=token, name="cat")
+    browser, csrf = log_in(guarded, token)
+    assert [job["id"] for job in browser.get(f"{guarded.url}/v1/decodes").json()["jobs"]] == ["cat"]
+    url = f"{guarded.url}/v1/decodes/cat/cancel"
+    assert problem(browser.post(url)) == (403, "not_allowed")
+    assert problem(browser.post(url, headers={"X-CSRF-Token": "x"})) == (403, "not_allowed")
+    assert browser.post(url, headers={"X-CSRF-Token": csrf}).json()["status"] == "canceled"
+    assert browser.get(f"{guarded.url}/session").json()["csrf"] == csrf
+    # The cookie itself is not in the broker, and what is there ends by itself.
+    (name,) = admin.scan_iter(keys.session("*"))
+    value = str(browser.cookies["latentq_session"]).encode()
+    assert value not in name
+    assert value.decode() not in str(admin.get(name))
+    assert 0 < admin.ttl(name) <= 43_200
+    assert browser.delete(f"{guarded.url}/session", headers={"X-CSRF-Token": csrf}).status_code == 204
+    assert admin.exists(name) == 0
+    browser.cookies.set("latentq_session", value.decode())
+    assert problem(browser.get(f"{guarded.url}/v1/decodes")) == (401, "not_authenticated")
+
+
+def test_logging_in_takes_a_key(guarded: RunningGateway) -> None:
+    assert problem(guarded.post("/session", json={"token": "lq_nonsense"})) == (401, "not_authenticated")
+    for body in (b"", b"[]", b"{", b'{"token": 7}', b"\xff"):
+        assert problem(guarded.post("/session", data=body))[0] in (400, 401)
+
+
+def test_the_cookie_is_for_tls_only_behind_a_tls_proxy(
+    gateways: Callable[..., RunningGateway], new_key: Callable[..., str]
+) -> None:
+    token = new_key("read")
+    gateway = gateways(public_url="https://queue.example")
+    answer = gateway.post("/session", json={"token": token}, headers={"Origin": "https://queue.example"})
+    assert "Secure" in answer.headers["Set-Cookie"]
+
+
+# Pages ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_answer_forbids_sniffing_and_framing(gateway: RunningGateway) -> None:
+    for path in ("/", "/docs", "/static/status.js", "/v1/decodes", "/nothing", "/metrics"):
+        headers = gateway.get(path).headers
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["X-Frame-Options"] == "DENY"
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "http" not in policy
+
+
+def test_the_pages_load_nothing_from_elsewhere_and_have_nothing_inline(gateway: RunningGateway) -> None:
+    import re
+
+    for path in ("/", "/docs"):
+        html = gateway.get(path).text
+        for target in re.findall(r"(?:src|href)=\"([^\"#]+)\"", html):
+            assert target.startswith("/"), target
+            assert gateway.get(target).status_code == 200, target
+        assert "<style" not in html
+        assert " style=" not in html
+        assert not re.search(r"\son\w+=", html)
+        assert not re.search(r"<script[^>]*>[^<]", html)
+
+
+@pytest.mark.parametrize("name", ["../app.py", "..%2Fapp.py", "nothing.js", "%00", "status.html/"])
+def test_only_the_files_of_the_pages_are_served(gateway: RunningGateway, name: str) -> None:
+    assert problem(gateway.get(f"/static/{name}")) == (404, "route_not_found")
