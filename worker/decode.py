@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ import torch
 
 from broker_config.errors import InvalidOption
 from broker_config.latent_geometry import LatentLayout, LatentState
+from worker.frame_stream import can_stream, stream_frames
 from worker.latent_layouts import Plan, finish, to_vae_input
 from worker.latent_layouts.frames import unfold_frames
 
@@ -26,7 +28,13 @@ _FOLDED: Final = frozenset({LatentLayout.VIDEO_2D, LatentLayout.FRAMES_2D})
 
 
 def decode_chunks(
-    vae: Any, latents: torch.Tensor, plan: Plan, *, items_per_call: int | None = None, first: int = 0
+    vae: Any,
+    latents: torch.Tensor,
+    plan: Plan,
+    *,
+    items_per_call: int | None = None,
+    first: int = 0,
+    by_frames: bool = False,
 ) -> Iterator[torch.Tensor]:
     """The VAE's own output, in pieces, each as soon as the device has it.
 
@@ -37,10 +45,12 @@ def decode_chunks(
         items_per_call: pictures or clips in one call of the VAE (of an image VAE: at most 16 of the clips' frames);
             None: as many as the pipeline takes. Fewer need less memory and may differ from the pipeline in last bits.
         first: pieces that are not wanted again.
+        by_frames: whether a clip may come in groups of frames, where the VAE can make them one after the other.
 
     Yields:
         Pictures: (n, 3, H, W), all B at once unless `items_per_call` is smaller. Clips of a video VAE:
-        (n, 3, F, H, W). Clips of an image VAE: (n, 3, H, W), n ≤ 16 frames of the folded batch, in order.
+        (n, 3, F, H, W), or with `by_frames` (1, 3, n ≤ F, H, W). Clips of an image VAE: (n, 3, H, W), n ≤ 16 frames of
+        the folded batch, in order.
         Four channels instead of three where the VAE makes RGBA.
 
     Raises:
@@ -50,8 +60,13 @@ def decode_chunks(
         latents = latents.to(device=vae.device, dtype=vae.dtype)
         vae_input = to_vae_input(latents, plan)
         vae_input, timestep = mix_noise(vae_input, vae, plan)
-        call = _CALLS.get(plan.layout, _whole)
         step = step_of(vae_input.shape[0], plan, items_per_call)
+        if by_frames and step == 1 and plan.layout is LatentLayout.VIDEO and can_stream(vae):
+            pieces = (piece for clip in torch.split(vae_input, 1) for piece in stream_frames(vae, clip))
+            for piece in itertools.islice(pieces, first, None):
+                yield finish(piece, plan)
+            return
+        call = _CALLS.get(plan.layout, _whole)
         for start in range(first * step, vae_input.shape[0], step):
             part = vae_input[start : start + step]
             keywords = {} if timestep is None else {"temb": timestep[start : start + step]}

@@ -30,6 +30,7 @@ def finite_chunks(
     plan: Plan,
     *,
     items_per_call: int | None = None,
+    by_frames: bool = False,
     on_upcast: Callable[[int], None] = lambda _: None,
 ) -> Generator[torch.Tensor, None, None]:
     """What `decode_chunks` yields, every number of it finite.
@@ -42,13 +43,14 @@ def finite_chunks(
         latents: as for `decode_chunks`.
         plan: likewise.
         items_per_call: likewise.
+        by_frames: likewise.
         on_upcast: told before the first piece that is decoded in float32; how many came before it.
 
     Raises:
         NonFiniteOutput: not finite in float32 either.
     """
     done = 0
-    for chunk in decode_chunks(vae, latents, plan, items_per_call=items_per_call):
+    for chunk in decode_chunks(vae, latents, plan, items_per_call=items_per_call, by_frames=by_frames):
         if not is_finite(chunk):
             break
         yield chunk
@@ -62,9 +64,8 @@ def finite_chunks(
     logger.warning("piece %d is not finite in %s, decoding in float32", done, narrow, extra={"action": "upcast"})
     on_upcast(done)
     with widened(vae):
-        for number, wide in enumerate(
-            decode_chunks(vae, latents, plan, items_per_call=items_per_call, first=done), start=done
-        ):
+        again = decode_chunks(vae, latents, plan, items_per_call=items_per_call, by_frames=by_frames, first=done)
+        for number, wide in enumerate(again, start=done):
             if not is_finite(wide):
                 raise _not_finite(number, (narrow, "float32"))
             yield wide
