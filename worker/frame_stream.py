@@ -6,7 +6,7 @@ and its copies with the square of it. The steps are the same, in the same order 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Final
 
 import torch
@@ -21,7 +21,7 @@ def can_stream(vae: Any) -> bool:
     return type(vae).__name__ in _STREAMED and not vae.use_tiling
 
 
-def stream_frames(vae: Any, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+def stream_frames(vae: Any, latents: torch.Tensor) -> Generator[torch.Tensor, None, None]:
     """What `vae.decode(latents)` returns, in groups of frames.
 
     While this runs nobody else may use the VAE: it keeps what the next frames need on itself.
