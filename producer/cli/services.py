@@ -1,4 +1,4 @@
-"""Commands that run things: up, demo, worker, janitor."""
+"""Commands that run things: up, demo, worker, janitor, bench."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
     app.command()(demo)
     app.command(context_settings=_PASS_ON)(worker)
     app.command(context_settings=_PASS_ON)(janitor)
+    app.command(context_settings=_PASS_ON)(bench)
 
 
 def up(
@@ -54,6 +55,11 @@ def worker(context: typer.Context) -> None:
 def janitor(context: typer.Context) -> None:
     """Run a janitor: returns jobs of dead workers, ends retention. Several may run; one leads."""
     become("worker.janitor", context.args)
+
+
+def bench(context: typer.Context) -> None:
+    """Measure decodes on this device: time and memory, plain, tiled, low-memory (`--help` lists its options)."""
+    become("worker.bench", context.args)
 
 
 def become(module: str, arguments: list[str]) -> NoReturn:
