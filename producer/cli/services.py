@@ -1,4 +1,4 @@
-"""Commands that run things: up, demo, worker, janitor, gateway."""
+"""Commands that run things: up, demo, worker, janitor, gateway, bench."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
     app.command(context_settings=_PASS_ON)(worker)
     app.command(context_settings=_PASS_ON)(janitor)
     app.command(context_settings=_PASS_ON)(gateway)
+    app.command(context_settings=_PASS_ON)(bench)
 
 
 def up(
@@ -66,6 +67,11 @@ def janitor(context: typer.Context) -> None:
 def gateway(context: typer.Context) -> None:
     """Run a gateway: HTTP for clients without Redis, and the status page. Several may run."""
     become("producer.gateway", context.args)
+
+
+def bench(context: typer.Context) -> None:
+    """Measure decodes on this device: time and memory, plain, tiled, low-memory (`--help` lists its options)."""
+    become("worker.bench", context.args)
 
 
 def become(module: str, arguments: list[str]) -> NoReturn:

@@ -140,6 +140,7 @@ def lowmem_decode_attention(block: Any, rows: torch.Tensor) -> torch.Tensor:
     from worker.lowmem_decode.structure import _attention
 
     step = _attention(block, "attention")
+    assert step.norm is not None
     statistics = GroupStatistics(step.norm.num_groups)
     statistics.add(rows)
     return run_attention(step, rows.clone(), affine=statistics.affine(step.norm), score_bytes=1)

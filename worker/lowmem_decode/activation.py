@@ -37,7 +37,7 @@ class Stored:
         self.height, self.width, self.channels = tensor.shape
 
     def strips(self, rows: int) -> Iterator[torch.Tensor]:
-        yield from self.tensor.split(rows)
+        yield from torch.split(self.tensor, rows)
 
     def most_rows(self, rows: int) -> int:
         return min(rows, self.height)

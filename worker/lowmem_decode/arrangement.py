@@ -21,8 +21,10 @@ from worker.lowmem_decode.steps import Attention, Program, Resnet, Step, Upsampl
 #: Working memory over the largest activation: what mode 1 and the lean mode may take.
 _BUDGET: Final = 1.6
 _LEAN_BUDGET: Final = 1.0
-#: A strip is this part of the largest activation: up to four strips are held at once.
-_STRIPS: Final = 64
+#: A strip is this part of the largest activation: several are held at once.
+_STRIPS: Final = 128
+#: Largest strip on a CPU: several fit a last-level cache, and glibc's heap (see `host_memory`).
+_STRIP_CPU_BYTES: Final = 8 << 20
 #: Memory of attention scores, as a part of the largest activation.
 _SCORES: Final = 8
 
@@ -95,9 +97,12 @@ def arrange(program: Program, *, height: int, width: int, lean: bool, strip_rows
     """
     itemsize = program.dtype.itemsize
     largest = largest_activation(program, height=height, width=width) * itemsize
+    strip_bytes = max(1, largest // _STRIPS)
+    if program.device.type == "cpu":
+        strip_bytes = min(strip_bytes, _STRIP_CPU_BYTES)
     draft = Arrangement(
         stores=(),
-        strip_bytes=max(1, largest // _STRIPS),
+        strip_bytes=strip_bytes,
         strip_rows=strip_rows,
         score_bytes=max(1, largest // _SCORES),
         peak_bytes=0,

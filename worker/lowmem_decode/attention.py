@@ -44,7 +44,7 @@ def run_attention(block: Attention, rows: torch.Tensor, *, affine: Affine | None
     del normed, tokens
     chunk = query_chunk(height * width, device=rows.device, score_bytes=score_bytes // block.heads)
     attended = torch.cat(
-        [F.scaled_dot_product_attention(part, key, value) for part in query.split(chunk, dim=2)], dim=2
+        [F.scaled_dot_product_attention(part, key, value) for part in torch.split(query, chunk, dim=2)], dim=2
     )
     # 1, heads, L, C / heads → H, W, C
     merged = attended.transpose(1, 2).reshape(height, width, -1)
@@ -67,4 +67,4 @@ def _project(layer: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def _split(tokens: torch.Tensor, heads: int) -> torch.Tensor:
     """(1, L, C) to (1, heads, L, C / heads)."""
-    return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
+    return tokens.view(*tokens.shape[:2], heads, -1).transpose(1, 2)

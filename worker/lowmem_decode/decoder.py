@@ -16,7 +16,7 @@ from worker.lowmem_decode.activation import Activation, Recomputed, Stored, conv
 from worker.lowmem_decode.arrangement import Arrangement, arrange, largest_activation
 from worker.lowmem_decode.attention import run_attention
 from worker.lowmem_decode.group_norm import Affine, GroupStatistics, normalise
-from worker.lowmem_decode.host_memory import give_back
+from worker.lowmem_decode.host_memory import expect_strips, give_back
 from worker.lowmem_decode.resnet import ResnetRun
 from worker.lowmem_decode.row_conv import Conv3x3, rows_of
 from worker.lowmem_decode.steps import Attention, Entry, Head, Program, Resnet, Upsample, groups_of
@@ -74,10 +74,14 @@ def decode(
         arrangement = arrange(program, height=z.shape[2], width=z.shape[3], lean=lean, strip_rows=strip_rows)
         scale = 2 ** sum(isinstance(step, Upsample) for step in program.steps)
         _probe(arrangement.peak_bytes, z)
+        if z.device.type == "cpu":
+            expect_strips(arrangement.strip_bytes)
         picture = z.new_empty(z.shape[0], program.head.channels, z.shape[2] * scale, z.shape[3] * scale)
         progress = _Progress(arrangement, items=len(z), told=on_progress)
         for item, out in zip(z, picture, strict=True):
             _ItemDecode(program, arrangement, progress).run(item, out)
+        if z.device.type == "cpu":
+            give_back()
         return picture
 
 

@@ -92,7 +92,7 @@ def normalise(rows: torch.Tensor, affine: Affine, *, out: torch.Tensor, silu: bo
 def pieces(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Rows (h, W, C) in pieces of a size the device likes."""
     step = max(1, scratch_elements(rows.device) // (rows.shape[1] * rows.shape[2]))
-    return rows.split(step)
+    return torch.split(rows, step)
 
 
 def scratch_elements(device: torch.device) -> int:

@@ -1,10 +1,10 @@
-"""Gives memory that was freed on the host back to the system.
+"""Keeps a decode on the host from taking more memory than it uses, by telling glibc's malloc what its blocks are.
 
-glibc keeps freed blocks below 32 MiB (its largest dynamic mmap threshold) in the heap for later. After a decode's early
-stages the heap is full of holes of their size, which its later strips do not fill: 90 to 130 MiB of SD's VAE at 512²,
-a third of what the decode itself takes then. So blocks of a strip's size are mapped one by one, and between two steps
-the holes there are all the same are given back. Both together made the peak what arithmetic says; neither was seen in
-the time of a decode.
+Left alone, glibc keeps freed blocks of up to 32 MiB in the heap. After a decode's early stages the heap is full of holes
+of their activations, which later strips do not fill: 90 to 130 MiB of SD's VAE at 512², a third of what the decode
+itself takes then. Mapping every block one by one leaves no holes, but each strip then faults its pages in again: half
+the time of a decode in bfloat16. So activations are mapped, strips stay in the heap and are reused there, and between
+two steps what is free goes back to the system.
 """
 
 from __future__ import annotations
@@ -13,23 +13,33 @@ import ctypes
 import functools
 from typing import Any, Final
 
-#: M_MMAP_THRESHOLD of malloc.h.
+#: Of malloc.h.
+_M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
-#: Blocks from this size on are mapped. Below are what norms need for a piece of a strip, and weights.
-_MAPPED_FROM_BYTES: Final = 256 << 10
+#: The largest value glibc takes for it.
+LARGEST_IN_HEAP_BYTES: Final = 32 << 20
+#: Free memory at the end of the heap that stays there until `give_back`: all strips of a step.
+_KEPT_BYTES: Final = 512 << 20
 
 
 @functools.cache
 def _libc() -> Any | None:
-    """The C library, told to map larger blocks; None where it is not glibc. Holds for the process from then on."""
+    """The C library; None where it is not glibc."""
     try:
         libc = ctypes.CDLL(None)
         libc.malloc_trim.argtypes = [ctypes.c_size_t]
         libc.mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
     except (AttributeError, OSError, TypeError):
         return None
-    libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
     return libc
+
+
+def expect_strips(strip_bytes: int) -> None:
+    """From now on, in the whole process, blocks well above a strip are mapped, and smaller ones reused."""
+    libc = _libc()
+    if libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, min(LARGEST_IN_HEAP_BYTES, max(1 << 20, 2 * strip_bytes)))
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def give_back() -> None:

@@ -152,7 +152,7 @@ def rows_of(image: torch.Tensor) -> torch.Tensor:
 
 def _pairs(taps: torch.Tensor, *, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Three taps as the two of the even output positions and the two of the odd ones."""
-    first, middle, last = taps.split(1, dim)
+    first, middle, last = torch.split(taps, 1, dim)
     return torch.cat([first, middle + last], dim), torch.cat([first + middle, last], dim)
 
 

@@ -1,0 +1,193 @@
+"""`python -m worker.bench`: time and memory of decodes on this device, mode by mode. `latentq bench` starts this.
+
+Weights are random: neither time nor memory depends on them. Each figure comes from a process of its own, which decodes
+a small latent to be warm, then the latent that counts, and reports the fastest of its repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from diffusers import AutoencoderKL
+
+from worker import lowmem_decode
+from worker.bench_plot import draw
+from worker.decode_meter import decoder_of, measure
+from worker.decode_planner import DecodeMode
+
+#: The decoders' configurations, as in the config.json of their repositories. All have levels of 128, 256, 512 and 512
+#: channels; the sample size is what diffusers' tiles are cut to.
+ARCHITECTURES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "sd": {"latent_channels": 4, "sample_size": 512},
+    "sdxl": {"latent_channels": 4, "sample_size": 1024},
+    "flux": {"latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False},
+}
+#: Longest one measurement may take.
+_TIMEOUT_S: Final = 1800
+
+
+def random_vae(name: str, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """A VAE of this architecture with random weights, without its encoder."""
+    torch.manual_seed(0)
+    autoencoder: Any = AutoencoderKL
+    vae = autoencoder(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        norm_num_groups=32,
+        **ARCHITECTURES[name],
+    ).eval()
+    del vae.encoder
+    return vae.to(device=device, dtype=dtype)
+
+
+def measure_here(name: str, *, side: int, mode: DecodeMode, device: str, dtype: str, repeats: int) -> dict[str, Any]:
+    """One figure, measured in this process."""
+    where, kind = torch.device(device), getattr(torch, dtype)
+    vae = random_vae(name, device=where, dtype=kind)
+    channels = int(ARCHITECTURES[name]["latent_channels"])
+    if mode is DecodeMode.TILED:  # as diffusers cuts them, but so that there are tiles at all
+        vae.tile_sample_min_size = min(vae.tile_sample_min_size, side // 2)
+        vae.tile_latent_min_size = vae.tile_sample_min_size // 8
+    decode = decoder_of(vae, mode)
+    latents = torch.randn(1, channels, side // 8, side // 8).to(where, kind)
+    measure(decode, latents[..., :16, :16])
+    took = [measure(decode, latents) for _ in range(repeats)]
+    largest = lowmem_decode.largest_bytes(vae, latents.shape, kind)
+    peak = took[0].peak_bytes  # of the first: what one leaves in the caches is no memory of the next
+    return {
+        "vae": name,
+        "side": side,
+        "mode": str(mode),
+        "dtype": dtype,
+        "seconds": round(min(each.seconds for each in took), 4),
+        "peak_bytes": peak,
+        "largest_activation_bytes": largest,
+    }
+
+
+def measure_apart(settings: Mapping[str, Any], *, threads: int | None) -> dict[str, Any]:
+    """One figure, measured in a process of its own; `error` instead of figures if that failed."""
+    environment = dict(os.environ)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    command = [sys.executable, "-m", "worker.bench", "--one", json.dumps(settings)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return {**settings, "error": f"took more than {_TIMEOUT_S} s"}
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
+        return {**settings, "error": reason[:200]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and commit."""
+    total: int | None = None
+    if device.type == "cuda":
+        name, total = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        name = _processor()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "device": name,
+        "device_type": device.type,
+        "memory_bytes": total,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: importlib.metadata.version(package) for package in ("torch", "diffusers")},
+        "commit": commit.stdout.strip() or None,
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The figures for a terminal, each beside plain decode's of the same VAE, size and dtype."""
+    yield f"{'vae':<6}{'side':>6}  {'dtype':<10}{'mode':<12}{'seconds':>9}{'× plain':>9}{'MiB':>8}{'× largest':>11}"
+    for row in rows:
+        start = f"{row['vae']:<6}{row['side']:>6}  {row['dtype']:<10}{row['mode']:<12}"
+        if "error" in row:
+            yield f"{start}  {row['error']}"
+            continue
+        same = ("vae", "side", "dtype")
+        plain = next(
+            (r for r in rows if r["mode"] == "plain" and "error" not in r and all(r[k] == row[k] for k in same)), None
+        )
+        ratio = f"{row['seconds'] / plain['seconds']:.2f}" if plain else "?"
+        memory = row["peak_bytes"] / row["largest_activation_bytes"]
+        yield f"{start}{row['seconds']:>9.3f}{ratio:>9}{row['peak_bytes'] / 2**20:>8.0f}{memory:>11.2f}"
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="latentq bench", description="Time and memory of decodes on this device.")
+    parser.add_argument("--vae", action="append", choices=list(ARCHITECTURES), help="repeatable; default: sd, sdxl")
+    parser.add_argument("--side", action="append", type=int, help="pixels of a side; repeatable; default: 512, 1024")
+    parser.add_argument("--mode", action="append", choices=[str(mode) for mode in DecodeMode], help="repeatable")
+    parser.add_argument("--dtype", action="append", choices=["float32", "float16", "bfloat16"], help="repeatable")
+    parser.add_argument("--device", default="cuda:0" if cuda else "cpu")
+    parser.add_argument("--threads", type=int, help="torch threads on a CPU")
+    parser.add_argument("--repeats", type=int, default=5 if cuda else 1, help="decodes of each figure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures and surroundings")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    found = parser.parse_args(argv)
+    if any(side < 64 or side % 8 for side in found.side or ()):
+        parser.error("--side must be a multiple of 8, from 64 up")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and prints; returns the exit status: 0 done, 1 if any figure is missing."""
+    arguments = _arguments(sys.argv[1:] if argv is None else argv)
+    if arguments.one is not None:
+        settings = dict(arguments.one)
+        print(json.dumps(measure_here(settings.pop("vae"), **settings | {"mode": DecodeMode(settings["mode"])})))
+        return 0
+    device = torch.device(arguments.device)
+    rows = []
+    for vae in arguments.vae or ("sd", "sdxl"):
+        for dtype in arguments.dtype or ("float16" if device.type == "cuda" else "float32",):
+            for side in arguments.side or (512, 1024):
+                for mode in arguments.mode or [str(mode) for mode in DecodeMode]:
+                    settings = {"vae": vae, "side": side, "mode": mode, "dtype": dtype, "device": arguments.device}
+                    row = measure_apart(settings | {"repeats": arguments.repeats}, threads=arguments.threads)
+                    rows.append(row)
+                    print(f"measured {vae} {side} {dtype} {mode}", file=sys.stderr)
+    print("\n".join(table(rows)))
+    figures = {"figures": rows, **surroundings(device)}
+    if arguments.threads is not None:
+        figures["threads"] = arguments.threads
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if arguments.plot is not None:
+        draw(rows).save(arguments.plot)
+    return 1 if any("error" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
