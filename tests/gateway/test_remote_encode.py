@@ -257,6 +257,23 @@ def test_other_formats_are_told_by_their_first_bytes(up: Up, local: Any, kind: s
     equal(found, local("sd", preprocessed(Image.open(io.BytesIO(data)))))
 
 
+def test_decoding_without_factors_applies_nothing(up: Up, catalog: Path) -> None:
+    for name, latents in {"playground": tensor(1, 4, 6, 8), "wan": tensor(1, 16, 2, 6, 8)}.items():
+        answer = requests.post(
+            f"{up.url}/decode/{name}",
+            params={"shape": list(latents.shape), "dtype": "float32", "output_type": "pt"},
+            data=latents.numpy().tobytes(),
+            headers={"Content-Type": "tensor/binary"},
+            timeout=60,
+        )
+        assert answer.status_code == 200, answer.text
+        found = torch.frombuffer(bytearray(answer.content), dtype=torch.float32).reshape(
+            json.loads(answer.headers["shape"])
+        )
+        with torch.no_grad():
+            equal(found, _vae(catalog.parent / name).decode(latents, return_dict=False)[0])
+
+
 # An encode that takes longer than an answer may -----------------------------------------------------------------
 
 
@@ -324,8 +341,8 @@ def animated() -> bytes:
         (png_of_size(8008, 8008), "", (422, "pixel_limit_exceeded")),
         (png_of_size(40_000, 40_000), "", (422, "pixel_limit_exceeded")),
         (animated(), "", (422, "invalid_option")),
-        (bytes(16), "?shape=1&shape=3&shape=8&shape=8&dtype=float16", (422, "latents_truncated")),
-        (bytes(400), "?shape=1&shape=3&shape=8&shape=8&dtype=float16", (422, "latents_oversized")),
+        (bytes(16), "?shape=1&shape=3&shape=8&shape=8&dtype=float16", (422, "tensor_file_truncated")),
+        (bytes(400), "?shape=1&shape=3&shape=8&shape=8&dtype=float16", (422, "tensor_file_oversized")),
         (bytes(192), "?shape=1&shape=3&shape=8&shape=8&dtype=uint8", (422, "latents_dtype")),
         (bytes(16), "?shape=1&shape=3&shape=8&shape=8", (422, "invalid_option")),
         (bytes(16), "?dtype=float32", (422, "invalid_option")),
@@ -336,6 +353,7 @@ def animated() -> bytes:
         (encoded_as("PNG"), "?seed=one", (422, "invalid_option")),
         (encoded_as("PNG"), "?layout=video_2d", (422, "unknown_layout")),
     ],
+    ids=range(22),
 )
 def test_what_cannot_be_encoded_is_refused_and_leaves_nothing(
     gateway: RunningGateway, admin: Any, body: bytes, query: str, expected: tuple[int, str]
