@@ -174,7 +174,8 @@ class DecodeRequest:
     #: The job whose latents these are, when decoded again.
     source_job_id: str | None = None
     #: What the job is for. Of an encode, `latents`, `shape` and `dtype` are those of the pixels: uint8, (B, H, W, 3) or
-    #: (B, F, H, W, 3); `layout` and `state` are those of the latents to make, `seed` that of their sampling.
+    #: (B, F, H, W, 3), or floats as `vae.encode` takes them, (B, 3, H, W) or (B, 3, F, H, W); `layout` and `state` are
+    #: those of the latents to make, `seed` that of their sampling.
     kind: Kind = Kind.DECODE
     #: Version of this message: the least whose readers understand all of it (`needed_version`).
     schema_version: int = 1
@@ -269,7 +270,10 @@ class DecodeRequest:
             if wire.get("state") is not None:
                 LatentState(wire["state"])
             checked_facts(wire)
-            return cls(**wire)
+            request = cls(**wire)
+            if request.kind is Kind.ENCODE:
+                _check_pixels(request)
+            return request
         except UnsupportedMessage:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -298,6 +302,15 @@ def _check_types(message: type[DecodeRequest], wire: Mapping[str, Any]) -> None:
         right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
         if not right or (dict in kinds and not all(isinstance(item, str) for item in value.values())):
             raise UnsupportedMessage(f"the job's message cannot be read: {spec.name} is {value!a:.80}")
+
+
+def _check_pixels(request: DecodeRequest) -> None:
+    sizes = (request.num_frames, request.height, request.width) if request.is_video else (request.height, request.width)
+    right = (request.batch, *sizes, 3) if request.dtype == "uint8" else (request.batch, 3, *sizes)
+    if request.shape != right:
+        raise UnsupportedMessage(
+            f"the job's message cannot be read: pixels are {request.dtype} {list(request.shape)}, not {list(right)}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

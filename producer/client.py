@@ -124,7 +124,9 @@ class DecodeClient:
 
         Args:
             pictures: PIL images of one size, or numpy uint8: (H, W, 3), (B, H, W, 3); of a video VAE the frames of one
-                clip, or (F, H, W, 3), (B, F, H, W, 3). Height and width must be multiples of the VAE's compression.
+                clip, or (F, H, W, 3), (B, F, H, W, 3). Or what `vae.encode` itself takes, as a torch tensor (float16,
+                bfloat16, float32) or numpy array (float16, float32), usually in [-1, 1]: (B, 3, H, W), of a video VAE
+                (B, 3, F, H, W). Height and width must be multiples of the VAE's compression.
             pipeline: a diffusers pipeline: tells vae, layout and state, as for `submit`.
             block_s: while the queue is full, how long to try again.
             options: vae, layout, state, seed (a sample of the posterior; without it, its mean), scaling_factor,

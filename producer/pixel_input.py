@@ -1,30 +1,39 @@
-"""A caller's pictures, PIL or numpy, to a checked request that makes latents of them.
+"""A caller's pictures, PIL, numpy or torch, to a checked request that makes latents of them.
 
-The other half of `submission.py`, with the same rule: what can be refused is refused before anything is sent.
+The other half of `submission.py`, with the same rule: what can be refused is refused before anything is sent. Pictures
+are uint8 with channels last, 0 to 255, or floats with channels first, which `vae.encode` gets as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from broker_config.blob_store import draft
-from broker_config.errors import InvalidDtype, InvalidOption, InvalidRank, InvalidSize, LatentsTooLarge, UnknownLayout
+from broker_config.errors import InvalidDtype, InvalidOption, InvalidRank, InvalidSize, UnknownLayout
 from broker_config.latent_geometry import LAYOUTS, Geometry, LatentLayout, LatentState, checked_facts
 from broker_config.messages import DecodeRequest, Kind, Output
 from broker_config.settings import Settings
+from broker_config.tensor_header import itemsize
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
 from producer.submission import DecodeOptions, check_pixels, checked_options, checked_state, new_job_id
-from producer.tensor_input import TensorFile
+from producer.tensor_input import TensorFile, check_bytes, to_tensor_file
 
-#: A picture, pictures, or frames; see `DecodeClient.encode`.
-Pictures = Image.Image | Sequence[Image.Image] | npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    import torch
+
+    #: A picture, pictures, or frames; see `DecodeClient.encode`.
+    Pictures = Image.Image | Sequence[Image.Image] | np.ndarray[Any, Any] | torch.Tensor | TensorFile
+else:
+    Pictures = Any
+
 #: Layouts that pictures can be encoded to.
 ENCODABLE: Final = (LatentLayout.UNPACKED, LatentLayout.PACKED, LatentLayout.VIDEO)
 #: Normalisations that pipelines apply when they encode.
@@ -34,6 +43,8 @@ _STATES: Final = (
     LatentState.STANDARDISED,
     LatentState.STANDARDISED_INVERSE,
 )
+#: What messages call them.
+NAME: Final = "pictures"
 #: What of `DecodeOptions` an encode takes.
 ENCODE_OPTIONS: Final = frozenset(
     {
@@ -58,30 +69,45 @@ ENCODE_OPTIONS: Final = frozenset(
 )
 
 
-def to_pixel_array(pictures: Pictures) -> npt.NDArray[np.uint8]:
-    """Pictures as one uint8 array (n, H, W, 3), or as it is where it is an array already.
+def to_pixel_file(pictures: Pictures, *, max_bytes: int) -> TensorFile:
+    """Pictures as a file: uint8 (n, H, W, 3) of PIL images, arrays and tensors in the shape they have.
 
     Raises:
-        InvalidOption: neither PIL nor numpy, or nothing.
-        InvalidDtype: another dtype than uint8.
+        InvalidOption: neither PIL, numpy nor torch, or nothing.
+        InvalidDtype: neither uint8 in numpy, nor one of the floats.
         InvalidSize: pictures of several sizes.
+        LatentsTooLarge: more than `max_bytes`.
     """
-    if isinstance(pictures, Image.Image):
-        pictures = [pictures]
-    if isinstance(pictures, np.ndarray):
-        if pictures.dtype != np.uint8:
-            raise InvalidDtype(f"pictures are {pictures.dtype}, expected uint8: 0 to 255", field="pictures")
+    if isinstance(pictures, TensorFile):
+        check_bytes(math.prod(pictures.shape) * itemsize(pictures.dtype), max_bytes=max_bytes, name=NAME)
         return pictures
-    if (
-        not isinstance(pictures, Sequence)
-        or not pictures
-        or not all(isinstance(item, Image.Image) for item in pictures)
-    ):
-        raise InvalidOption("pictures are neither PIL images nor a numpy array of uint8", field="pictures")
-    sizes = {item.size for item in pictures}
+    if isinstance(pictures, np.ndarray) and pictures.dtype == np.uint8:
+        return _as_file(pictures, max_bytes=max_bytes)
+    if not isinstance(pictures, Image.Image | Sequence):
+        try:
+            return to_tensor_file(pictures, max_bytes=max_bytes, name=NAME)
+        except InvalidDtype as error:
+            raise InvalidDtype(f"{error.message}, or give uint8 in numpy, channels last", field=NAME) from None
+        except InvalidOption as error:
+            raise InvalidOption(
+                "pictures are neither PIL images nor a numpy array or torch tensor", field=NAME
+            ) from error
+    images = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    if not images or not all(isinstance(item, Image.Image) for item in images):
+        raise InvalidOption("pictures are neither PIL images nor a numpy array or torch tensor", field=NAME)
+    sizes = {item.size for item in images}
     if len(sizes) > 1:
-        raise InvalidSize(f"pictures have sizes {sorted(sizes)}: encode each size by itself", field="pictures")
-    return np.stack([np.asarray(item.convert("RGB")) for item in pictures])
+        raise InvalidSize(f"pictures have sizes {sorted(sizes)}: encode each size by itself", field=NAME)
+    return _as_file(np.stack([np.asarray(item.convert("RGB")) for item in images]), max_bytes=max_bytes)
+
+
+def _as_file(pixels: npt.NDArray[np.uint8], *, max_bytes: int) -> TensorFile:
+    check_bytes(pixels.nbytes, max_bytes=max_bytes, name=NAME)
+
+    def raw() -> memoryview:
+        return np.ascontiguousarray(pixels).reshape(-1).data
+
+    return TensorFile(dtype="uint8", shape=pixels.shape, raw=raw, name=NAME)
 
 
 def build_encode_request(
@@ -95,26 +121,19 @@ def build_encode_request(
     entry = catalog[options.vae]
     layout = _layout(entry, options.layout)
     state = checked_state(options, entry, layout)
-    if state not in _STATES:
+    as_is = options.state == LatentState.DENORMALISED  # asked for: what the VAE makes, as it is
+    if state not in _STATES and not as_is:
         raise InvalidOption(
-            f"{entry.name}'s latents are {state}, which no pipeline encodes to: name a `state` of {', '.join(_STATES)}",
+            f"{entry.name}'s latents are {state}, which no pipeline encodes to: name a `state` of "
+            f"{', '.join((*_STATES, LatentState.DENORMALISED))}",
             field="state",
         )
-    pixels = to_pixel_array(pictures)
-    if LAYOUTS[layout].is_video and pixels.ndim == 4:
-        pixels = pixels[None]  # one clip
-    elif pixels.ndim == 3:
-        pixels = pixels[None]  # one picture
-    geometry = _measure(pixels.shape, entry, layout)
+    file = to_pixel_file(pictures, max_bytes=settings.max_latents_bytes)
+    rank = 5 if LAYOUTS[layout].is_video else 4
+    if file.dtype == "uint8" and len(file.shape) == rank - 1:
+        file = file.in_shape((1, *file.shape))  # one picture, or the frames of one clip
+    geometry = _measure(file, entry, layout)
     check_pixels(geometry, settings)
-    if pixels.nbytes > settings.max_latents_bytes:
-        raise LatentsTooLarge(
-            f"the pictures have {pixels.nbytes} bytes, at most {settings.max_latents_bytes} are taken "
-            "(LATENTQ_MAX_LATENTS_BYTES)",
-            field="pictures",
-        )
-    dense = np.ascontiguousarray(pixels)
-    file = TensorFile(dtype="uint8", shape=dense.shape, raw=lambda: dense.reshape(-1).data)
     facts = checked_facts(
         {name: getattr(options, name) for name in ("seed", "vae_class", "vae_config", "vae_revision")}
     )
@@ -147,6 +166,8 @@ def _layout(entry: VaeEntry, wanted: str | None) -> LatentLayout:
     Raises:
         UnknownLayout: not one of the entry's, or not one that can be encoded to.
     """
+    if wanted == LatentLayout.UNPACKED and LatentLayout.PACKED in entry.layouts:
+        return LatentLayout.UNPACKED  # what is packed otherwise
     if wanted is not None and entry.layout(wanted) in ENCODABLE:
         return entry.layout(wanted)
     fitting = [item for item in entry.layouts if item in ENCODABLE]
@@ -159,12 +180,21 @@ def _layout(entry: VaeEntry, wanted: str | None) -> LatentLayout:
     return fitting[0]
 
 
-def _measure(shape: Sequence[int], entry: VaeEntry, layout: LatentLayout) -> Geometry:
+def _measure(file: TensorFile, entry: VaeEntry, layout: LatentLayout) -> Geometry:
     """Sizes of the pictures, if the VAE can divide them."""
     is_video = LAYOUTS[layout].is_video
-    form = "(batch, frames, height, width, 3)" if is_video else "(batch, height, width, 3)"
-    if len(shape) != form.count(",") + 1 or shape[-1] != 3:
-        raise InvalidRank(f"pictures are {list(shape)}, {entry.name} takes {form}", field="pictures")
+    is_bytes = file.dtype == "uint8"
+    sizes = "frames, height, width" if is_video else "height, width"
+    form = f"(batch, {sizes}, 3)" if is_bytes else f"(batch, 3, {sizes})"
+    shape = file.shape
+    if len(shape) != form.count(",") + 1 or shape[-1 if is_bytes else 1] != 3:
+        raise InvalidRank(
+            f"pictures are {file.dtype} {list(shape)}, {entry.name} takes {form}: uint8 has its channels last, "
+            "floats have them first",
+            field="pictures",
+        )
+    if not is_bytes:
+        shape = (shape[0], *shape[2:], 3)
     if any(size < 1 for size in shape):
         raise InvalidSize(f"pictures {list(shape)} have an empty dimension", field="pictures")
     batch, num_frames = shape[0], shape[1] if is_video else 1

@@ -39,15 +39,27 @@ class TensorFile:
     is refused must not have cost a copy, nor a transfer from the GPU.
     """
 
-    def __init__(self, *, dtype: str, shape: tuple[int, ...], raw: Callable[[], memoryview]) -> None:
+    def __init__(
+        self, *, dtype: str, shape: tuple[int, ...], raw: Callable[[], memoryview], name: str = "latents"
+    ) -> None:
         """Args:
-        dtype: float16, bfloat16 or float32.
+        dtype: float16, bfloat16 or float32; of pictures also uint8.
         shape: dimensions, outermost first.
         raw: makes the elements, little-endian, in C order.
+        name: what a message calls them: latents or pictures.
         """
         self.dtype = dtype
         self.shape = shape
+        self.name = name
         self._raw = raw
+
+    def with_elements(self, raw: Callable[[], memoryview]) -> TensorFile:
+        """The same of dtype and shape, with other elements."""
+        return TensorFile(dtype=self.dtype, shape=self.shape, raw=raw, name=self.name)
+
+    def in_shape(self, shape: tuple[int, ...]) -> TensorFile:
+        """The same elements in another shape."""
+        return TensorFile(dtype=self.dtype, shape=shape, raw=self._raw, name=self.name)
 
     @cached_property
     def data(self) -> bytes:
@@ -57,7 +69,7 @@ class TensorFile:
             LatentsNotFinite: NaN or Inf.
         """
         raw = self._raw()
-        check_finite(raw, self.dtype)
+        check_finite(raw, self.dtype, name=self.name)
         # A piece at a time: one copy of it all would keep every other thread, and an event loop, from running.
         file = io.BytesIO()
         file.write(write_header(self.dtype, self.shape))
@@ -66,12 +78,13 @@ class TensorFile:
         return file.getvalue()  # the buffer itself, not a copy of it
 
 
-def to_tensor_file(latents: Latents, *, max_bytes: int) -> TensorFile:
+def to_tensor_file(latents: Latents, *, max_bytes: int, name: str = "latents") -> TensorFile:
     """Latents as a file, whatever their strides, byte order or device.
 
     Args:
         latents: torch tensor (float16, bfloat16, float32; CPU or CUDA; any strides) or numpy array (float16, float32).
         max_bytes: largest size accepted.
+        name: what a message calls them.
 
     Raises:
         InvalidOption: neither torch tensor nor numpy array.
@@ -96,11 +109,9 @@ def to_tensor_file(latents: Latents, *, max_bytes: int) -> TensorFile:
             return dense.view(np.uint8).data
 
     else:
-        raise InvalidOption(
-            f"latents are a {type(latents).__name__}: give a torch tensor or a numpy array", field="latents"
-        )
-    _check(dtype, count, max_bytes=max_bytes)
-    return TensorFile(dtype=dtype, shape=tuple(int(size) for size in latents.shape), raw=raw)
+        raise InvalidOption(f"{name} are a {type(latents).__name__}: give a torch tensor or a numpy array", field=name)
+    _check(dtype, count, max_bytes=max_bytes, name=name)
+    return TensorFile(dtype=dtype, shape=tuple(int(size) for size in latents.shape), raw=raw, name=name)
 
 
 def read_tensor_file(path: Path, *, max_bytes: int) -> TensorFile:
@@ -132,7 +143,7 @@ def check_tensor_file(data: bytes, *, max_bytes: int) -> TensorFile:
     return TensorFile(dtype=header.dtype, shape=header.shape, raw=lambda: memoryview(data)[header.data_start :])
 
 
-def check_finite(raw: bytes | memoryview, dtype: str) -> None:
+def check_finite(raw: bytes | memoryview, dtype: str, *, name: str = "latents") -> None:
     """Raises `LatentsNotFinite` if the little-endian elements in `raw` have a NaN or an Inf."""
     if dtype == "uint8":
         return
@@ -145,10 +156,8 @@ def check_finite(raw: bytes | memoryview, dtype: str) -> None:
         bad = int(np.count_nonzero(~np.isfinite(numbers)))
         size = numbers.size
     if bad:
-        raise LatentsNotFinite(
-            f"{bad} of {size} latents are NaN or Inf: the picture would be black. Check the denoiser's dtype",
-            field="latents",
-        )
+        why = "the picture would be black. Check the denoiser's dtype" if name == "latents" else "scale them to [-1, 1]"
+        raise LatentsNotFinite(f"{bad} of {size} values of the {name} are NaN or Inf: {why}", field=name)
 
 
 def _check_file_size(size_bytes: int, *, max_bytes: int) -> None:
@@ -159,14 +168,15 @@ def _check_file_size(size_bytes: int, *, max_bytes: int) -> None:
         )
 
 
-def _check(dtype: str, count: int, *, max_bytes: int) -> None:
+def _check(dtype: str, count: int, *, max_bytes: int, name: str = "latents") -> None:
     if dtype not in _FLOATS:
-        raise InvalidDtype(
-            f"latents are {dtype}, expected one of {', '.join(_FLOATS)}: convert them first", field="latents"
-        )
-    size = count * itemsize(dtype)
+        raise InvalidDtype(f"{name} are {dtype}, expected one of {', '.join(_FLOATS)}: convert them first", field=name)
+    check_bytes(count * itemsize(dtype), max_bytes=max_bytes, name=name)
+
+
+def check_bytes(size: int, *, max_bytes: int, name: str = "latents") -> None:
+    """Raises `LatentsTooLarge` if the elements have more than `max_bytes`."""
     if size > max_bytes:
         raise LatentsTooLarge(
-            f"the latents have {size} bytes, at most {max_bytes} are taken (LATENTQ_MAX_LATENTS_BYTES)",
-            field="latents",
+            f"the {name} have {size} bytes, at most {max_bytes} are taken (LATENTQ_MAX_LATENTS_BYTES)", field=name
         )

@@ -1,7 +1,8 @@
 """Encode: pixels and a VAE in, latents out, as image-to-image pipelines make them. Knows nothing of queues.
 
 The order of operations is the pipelines': what `VaeImageProcessor.preprocess` does, `vae.encode`, the mean of the
-posterior or a sample of it, then the normalisation that `worker/latent_layouts` undoes, and the layout.
+posterior or a sample of it, then the normalisation that `worker/latent_layouts` undoes, and the layout. Pixels that are
+floats have been preprocessed already.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ def encode_pixels(
 
     Args:
         vae: a diffusers autoencoder.
-        pixels: uint8, (B, H, W, 3) or (B, F, H, W, 3), on any device.
+        pixels: uint8, (B, H, W, 3) or (B, F, H, W, 3), or floats that `vae.encode` takes, (B, 3, H, W) or
+            (B, 3, F, H, W); on any device.
         plan: layout and state of the latents to make.
         seed: of the CPU generator that the posterior is sampled with; None: its mean.
-        items_per_call: pictures in one call of the VAE; None: all. Clips are encoded one by one, as pipelines do.
+        items_per_call: pictures in one call of the VAE; None: all. Clips of uint8 are encoded one by one, as
+            pipelines do; floats are what a caller would give to one `vae.encode`.
 
     Returns:
         Latents in the VAE's dtype, laid out as `plan.layout`.
@@ -36,8 +39,10 @@ def encode_pixels(
         InvalidOption: a state or a layout that no pipeline encodes to.
     """
     with torch.inference_mode():
-        values = to_vae_values(pixels.to(vae.device)).to(vae.dtype)
-        step = 1 if plan.is_video else max(1, min(plan.batch, items_per_call or plan.batch))
+        pixels = pixels.to(vae.device)
+        is_bytes = pixels.dtype == torch.uint8
+        values = (to_vae_values(pixels) if is_bytes else pixels).to(vae.dtype)
+        step = 1 if plan.is_video and is_bytes else max(1, min(plan.batch, items_per_call or plan.batch))
         generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
         parts = [_latents_of(vae.encode(part), generator) for part in torch.split(values, step)]
         latents = normalise(torch.cat(parts), plan.scaling, plan.latent_state)
@@ -98,6 +103,7 @@ _STATES: Final[Mapping[LatentState, Callable[[torch.Tensor, Scaling], torch.Tens
     LatentState.RECIPROCAL: lambda latents, scaling: scaling.scaling_factor * latents,
     LatentState.STANDARDISED: _standardised,
     LatentState.STANDARDISED_INVERSE: _standardised_inverse,
+    LatentState.DENORMALISED: lambda latents, scaling: latents,
 }
 
 
@@ -112,7 +118,7 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     return latents.reshape(batch, (rows // 2) * (columns // 2), channels * 4)
 
 
-#: Layouts that can be encoded to; `submission.ENCODABLE` names the same.
+#: Layouts that can be encoded to; `pixel_input.ENCODABLE` names the same.
 _LAYOUTS: Final[Mapping[LatentLayout, Callable[[torch.Tensor], torch.Tensor]]] = {
     LatentLayout.UNPACKED: lambda latents: latents,
     LatentLayout.PACKED: pack,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -16,14 +17,18 @@ from broker_config.errors import InvalidOption, JobNotFound
 from broker_config.job_store import JobStore
 from broker_config.messages import JobSnapshot, JobStatus
 from broker_config.queue_report import pipelined
+from producer.client import DecodeClient
 from producer.gateway.api_keys import ApiKey, Scope
 from producer.gateway.context import GATEWAY, IDENTITY, Gateway
 from producer.gateway.identity import Identity
 from producer.gateway.latents_input import Check, refused_early
 from producer.gateway.looking import snapshots_of
 from producer.submission import new_job_id
+from producer.submit_attempt import SubmitAttempt
 from producer.tensor_input import TensorFile
 
+#: Makes a checked request of latents, or of pictures, and the options of the job.
+Begin = Callable[..., SubmitAttempt]
 #: Reads the latents once `Check` has said yes.
 ReadLatents = Callable[[Check], Awaitable[TensorFile]]
 
@@ -50,9 +55,16 @@ def context(request: web.Request) -> tuple[Gateway, Identity]:
 
 
 async def submit(
-    gateway: Gateway, identity: Identity, read: ReadLatents, options: dict[str, Any]
+    gateway: Gateway, identity: Identity, read: ReadLatents, options: dict[str, Any], *, begin: Begin | None = None
 ) -> tuple[JobSnapshot, bool]:
-    """Accepts a job: the job, and whether it is new. `options["job_id"]` is the client's name for it.
+    """Accepts a job: the job, and whether it is new.
+
+    Args:
+        gateway: what it goes through.
+        identity: whose it is.
+        read: reads the latents.
+        options: of the job; `job_id` is the client's name for it.
+        begin: makes the request; None: a decode.
 
     Raises:
         NotAllowed: no scope for it.
@@ -66,15 +78,21 @@ async def submit(
     if identity.key is not None:
         await client.run(gateway.throttle.spend, identity.key)
 
+    begin = begin or functools.partial(_decode, client.blocking)
+
     def check(tensor: TensorFile) -> None:
-        refused_early(lambda announced: client.blocking.attempt(lambda: announced, **asked), tensor)
+        refused_early(lambda announced: begin(announced, **asked), tensor)
 
     tensor = await read(check)
-    attempt = await client.transfer(client.blocking.attempt, lambda: tensor, **asked)
+    attempt = await client.transfer(begin, tensor, **asked)
     if identity.key is not None:
         await client.run(_enter, client.store, gateway, identity.key, job_id)
     new = await client.transfer(attempt.once)
     return await client.job(job_id).snapshot(), new
+
+
+def _decode(client: DecodeClient, tensor: TensorFile, **options: Any) -> SubmitAttempt:
+    return client.attempt(lambda: tensor, **options)
 
 
 async def redecode(

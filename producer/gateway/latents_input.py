@@ -18,13 +18,12 @@ from broker_config.errors import (
     BadRequest,
     InvalidDtype,
     InvalidOption,
-    LatentsTooLarge,
     TensorFileOversized,
     TensorFileTruncated,
 )
 from broker_config.tensor_header import MAX_RANK, header_length, itemsize, peek_header
 from producer.gateway.uploads import Incoming
-from producer.tensor_input import TensorFile
+from producer.tensor_input import TensorFile, check_bytes
 
 FLOATS: Final = ("float16", "bfloat16", "float32")
 #: Says yes or raises: everything about a job that can be refused without its numbers.
@@ -42,13 +41,20 @@ def refused_early(build: Callable[[TensorFile], object], tensor: TensorFile) -> 
         raise _NotHereYet
 
     try:
-        build(TensorFile(dtype=tensor.dtype, shape=tensor.shape, raw=elements))
+        build(tensor.with_elements(elements))
     except _NotHereYet:
         return
 
 
 async def read_raw(
-    incoming: Incoming, *, dtype: str, shape: tuple[int, ...], length: int | None, max_bytes: int, check: Check
+    incoming: Incoming,
+    *,
+    dtype: str,
+    shape: tuple[int, ...],
+    length: int | None,
+    max_bytes: int,
+    check: Check,
+    name: str = "latents",
 ) -> TensorFile:
     """Raw little-endian elements in C order.
 
@@ -59,21 +65,23 @@ async def read_raw(
         length: bytes that come, where known.
         max_bytes: most that one job may have.
         check: everything that can be refused already.
+        name: what a message calls them.
 
     Raises:
         LatentsTooLarge, InvalidDtype, TensorFileTruncated, TensorFileOversized: length and shape do not fit.
         InvalidJob: what `check` raises.
     """
-    expected = _checked_size(dtype, shape, max_bytes=max_bytes)
+    expected = _checked_size(dtype, shape, max_bytes=max_bytes, name=name)
     if length is not None and length != expected:
-        raise _misfit(dtype, shape, expected=expected, found=length)
-    check(_announced(dtype, shape))
+        raise _misfit(dtype, shape, expected=expected, found=length, name=name)
+    announced = _announced(dtype, shape, name=name)
+    check(announced)
     data = await incoming.exactly(expected)
     if len(data) < expected:
-        raise _misfit(dtype, shape, expected=expected, found=len(data))
+        raise _misfit(dtype, shape, expected=expected, found=len(data), name=name)
     if not await incoming.ends():
-        raise TensorFileOversized(f"{dtype} {list(shape)} has {expected} bytes, more came", field="latents")
-    return TensorFile(dtype=dtype, shape=shape, raw=lambda: memoryview(data))
+        raise TensorFileOversized(f"{dtype} {list(shape)} has {expected} bytes, more came", field=name)
+    return announced.with_elements(lambda: memoryview(data))
 
 
 async def read_safetensors(incoming: Incoming, *, length: int | None, max_bytes: int, check: Check) -> TensorFile:
@@ -124,24 +132,20 @@ def shape_of(parts: list[str]) -> tuple[int, ...]:
     return sizes
 
 
-def _announced(dtype: str, shape: tuple[int, ...]) -> TensorFile:
-    return TensorFile(dtype=dtype, shape=shape, raw=lambda: memoryview(b""))
+def _announced(dtype: str, shape: tuple[int, ...], *, name: str = "latents") -> TensorFile:
+    return TensorFile(dtype=dtype, shape=shape, raw=lambda: memoryview(b""), name=name)
 
 
-def _checked_size(dtype: str, shape: tuple[int, ...], *, max_bytes: int) -> int:
+def _checked_size(dtype: str, shape: tuple[int, ...], *, max_bytes: int, name: str = "latents") -> int:
     if dtype not in FLOATS:
         raise InvalidDtype(
-            f"latents are {dtype[:40]!r}, expected one of {', '.join(FLOATS)}: convert them first", field="dtype"
+            f"{name} are {dtype[:40]!r}, expected one of {', '.join(FLOATS)}: convert them first", field="dtype"
         )
     size = math.prod(shape) * itemsize(dtype)
-    if size > max_bytes:
-        raise LatentsTooLarge(
-            f"the latents have {size} bytes, at most {max_bytes} are taken (LATENTQ_MAX_LATENTS_BYTES)",
-            field="latents",
-        )
+    check_bytes(size, max_bytes=max_bytes, name=name)
     return size
 
 
-def _misfit(dtype: str, shape: tuple[int, ...], *, expected: int, found: int) -> Exception:
+def _misfit(dtype: str, shape: tuple[int, ...], *, expected: int, found: int, name: str = "latents") -> Exception:
     kind = TensorFileTruncated if found < expected else TensorFileOversized
-    return kind(f"{dtype} {list(shape)} needs {expected} bytes, the body has {found}", field="latents")
+    return kind(f"{dtype} {list(shape)} needs {expected} bytes, the body has {found}", field=name)

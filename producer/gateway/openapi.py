@@ -18,6 +18,7 @@ from producer.gateway.query import OPTIONS
 from producer.gateway.route import Route
 from producer.gateway.routes import ROUTES
 from producer.gateway.submit_bodies import MULTIPART, RAW, SAFETENSORS
+from producer.pixel_input import ENCODE_OPTIONS
 
 _REFERENCE: Final = "#/components/schemas/{model}"
 #: Answers that any request can get. 431 and some 400 come before there is a request.
@@ -129,7 +130,7 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
             kind = _JOB_ID if name == "id" else {"type": "string"}
             found.append({"name": name, "in": "path", "required": True, "schema": kind})
     for name, schema in route.query.items():
-        required = name in ("shape", "dtype")
+        required = route.options == "remote" and name in ("shape", "dtype")
         found.append({"name": name, "in": "query", "required": required, "schema": schema})
     if route.options == "all":
         found.append(
@@ -156,7 +157,12 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
 
 
 def _options(which: str) -> list[str]:
-    left_out: Mapping[str, tuple[str, ...]] = {"all": (), "again": _OF_LATENTS, "remote": _REMOTE_SETS}
+    left_out: Mapping[str, tuple[str, ...]] = {
+        "all": (),
+        "again": _OF_LATENTS,
+        "remote": _REMOTE_SETS,
+        "encode": (*_REMOTE_SETS, *(set(OPTIONS) - ENCODE_OPTIONS)),
+    }
     return [name for name in OPTIONS if name not in left_out[which]] if which else []
 
 
@@ -267,6 +273,11 @@ _BODIES: Final[Mapping[str, dict[str, Any]]] = {
                 "schema": {"type": "object", "required": ["inputs"], "properties": {"inputs": {"type": "string"}}}
             },
         },
+    },
+    "picture": {
+        "required": True,
+        "description": "A picture, whatever Content-Type says; with `shape` and `dtype` a tensor's bytes.",
+        "content": {kind: {"schema": _BINARY} for kind in ("image/png", "image/jpeg", "image/webp", "tensor/binary")},
     },
     "token": {
         "required": True,

@@ -33,6 +33,8 @@ REMOTE: Final[Mapping[str, Mapping[str, Any]]] = {
     "do_scaling": {"type": "string", "enum": ["True", "False", "true", "false"]},
     "frames": {"type": "integer", "minimum": 1},
 }
+#: Both or neither: without them the body is a picture.
+REMOTE_ENCODE: Final[Mapping[str, Mapping[str, Any]]] = {name: REMOTE[name] for name in ("shape", "dtype")}
 WAIT_ON: Final[Mapping[str, Mapping[str, Any]]] = {
     "form": {"type": "string", "enum": ["image", "mp4", "tensor", "pixels", "unit"]},
     "hop": {"type": "integer"},

@@ -16,6 +16,7 @@ from aiohttp import web
 from multidict import MultiMapping
 
 from broker_config.errors import BadRequest, InvalidOption, MediaTypeUnsupported, WaitTimeout
+from broker_config.latent_geometry import LatentState
 from broker_config.messages import JobSnapshot
 from producer.gateway import jobs
 from producer.gateway.context import Gateway
@@ -64,11 +65,11 @@ async def decode(request: web.Request) -> web.StreamResponse:
         }
         read_latents = _reader(gateway, request, incoming, dtype=dtype, shape=shape, length=length)
         job, _ = await jobs.submit(gateway, identity, read_latents, options)
-    return await _answer(gateway, identity, request, job, reply=reply, vae=vae, hop=0)
+    return await answer(gateway, identity, request, job, reply=reply, vae=vae, hop=0)
 
 
 async def wait_on(request: web.Request) -> web.StreamResponse:
-    """Where a decode that takes longer is waited for."""
+    """Where a decode, or an encode, that takes longer is waited for."""
     gateway, identity = jobs.context(request)
     form = request.query.get("form", "image")
     if form not in REPLIES:
@@ -76,10 +77,10 @@ async def wait_on(request: web.Request) -> web.StreamResponse:
     hop = read("hop", request.query.get("hop", "1"), whole, "a whole number")
     reply = Reply(form=form, base64=request.query.get("base64") == "1", image=request.query.get("image", "png"))
     job = await jobs.find(gateway, identity, request.match_info["id"])
-    return await _answer(gateway, identity, request, job, reply=reply, vae=job.vae, hop=hop)
+    return await answer(gateway, identity, request, job, reply=reply, vae=job.vae, hop=hop)
 
 
-async def _answer(
+async def answer(
     gateway: Gateway,
     identity: Identity,
     request: web.Request,
@@ -89,6 +90,7 @@ async def _answer(
     vae: str,
     hop: int,
 ) -> web.StreamResponse:
+    """What a job has become, or where to wait on."""
     if not job.status.is_terminal:
         job = await waited(gateway, job, gateway.own.wait_s)
     name = identity.shown(job.job_id)
@@ -151,22 +153,30 @@ def _options(query: MultiMapping[str], *, rank: int) -> dict[str, Any]:
     return options | _scaling(query)
 
 
-def _scaling(query: MultiMapping[str]) -> dict[str, float]:
+def _scaling(query: MultiMapping[str]) -> dict[str, Any]:
     """Factors of the job; none of them: the VAE's own.
 
     The service's rule: a scaling factor that is given divides, a shift factor that is given is added, `do_scaling=True`
     stands for the VAE's own, and nothing at all for latents that are scaled already. SD.Next, which never sends
     `do_scaling` and has factors only while a VAE is loaded there, means the VAE's own; it is known by a parameter that
-    diffusers does not send.
+    diffusers does not send. Nothing is undone of statistics either, but where a VAE mixes noise in: it does so before.
     """
-    given = {
-        name: read(name, query[name], float, "a number") for name in ("scaling_factor", "shift_factor") if name in query
-    }
+    given = factors_of(query)
     says = "do_scaling" in query and _said("do_scaling", query["do_scaling"])
     sd_next = "do_scaling" not in query and "input_tensor_type" in query
     if "scaling_factor" not in given and (says or (sd_next and not given)):
         return given
+    if not given and "state" in query:
+        return {}
+    if not given and "decode_timestep" not in query:
+        return {"state": str(LatentState.DENORMALISED)}
     return {"scaling_factor": given.get("scaling_factor", 1.0), "shift_factor": given.get("shift_factor", 0.0)}
+
+
+def factors_of(query: MultiMapping[str]) -> dict[str, float]:
+    """The factors that are given."""
+    names = [name for name in ("scaling_factor", "shift_factor") if name in query]
+    return {name: read(name, query[name], float, "a number") for name in names}
 
 
 def _said(name: str, text: str) -> bool:

@@ -29,10 +29,11 @@ class Route:
     answers: Mapping[int, type[BaseModel] | str | None] = field(default_factory=dict)
     #: Query parameters by name; `"options"` as a name stands for the options of a job.
     query: Mapping[str, Schema] = field(default_factory=dict)
-    #: Whether the options of a job may stand in the query; `again`: those that do not belong to the latents.
+    #: Whether the options of a job may stand in the query; `again`: those that do not belong to the latents; `remote`,
+    #: `encode`: those that the protocol leaves open.
     options: str = ""
     headers: Mapping[str, Schema] = field(default_factory=dict)
-    #: `submit`, `batch`, `redecode`, `remote` or `token`; see openapi.py.
+    #: `submit`, `batch`, `redecode`, `remote`, `picture` or `token`; see openapi.py.
     body: str = ""
     #: Statuses of problems besides those that any request can meet.
     problems: tuple[int, ...] = ()

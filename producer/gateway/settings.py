@@ -41,7 +41,7 @@ class GatewaySettings(BaseSettings):
 
     wait_s: float = Field(25.0, gt=0, le=300, description="Longest time that one request waits for a job.")
     remote_retention_s: float = Field(
-        3600.0, gt=0, description="How long latents and result of a `POST /decode/…` stay after the end."
+        3600.0, gt=0, description="How long latents and result of a `POST /decode/…` or `/encode/…` stay after the end."
     )
     session_s: float = Field(43_200.0, gt=0, description="How long a browser stays logged in.")
 

@@ -38,10 +38,7 @@ class UploadGate:
         settings = self._settings
         too_many = self.count >= settings.max_uploads
         if too_many or (self.count and self.size_bytes + size_bytes > settings.max_uploads_bytes):
-            raise GatewayBusy(
-                f"{self.count} bodies of {self.size_bytes} bytes are being read, which is as much as may be at a time",
-                retry_after_s=_BUSY_RETRY_S,
-            )
+            raise self._busy()
         self.count += 1
         self.size_bytes += size_bytes
         try:
@@ -49,6 +46,27 @@ class UploadGate:
         finally:
             self.count -= 1
             self.size_bytes -= size_bytes
+
+    @contextlib.contextmanager
+    def enlarged(self, size_bytes: int) -> Iterator[None]:
+        """Room for what a body that was admitted unpacks to, for as long as the block lasts.
+
+        Raises:
+            GatewayBusy: with the others it is too much.
+        """
+        if self.count > 1 and self.size_bytes + size_bytes > self._settings.max_uploads_bytes:
+            raise self._busy()
+        self.size_bytes += size_bytes
+        try:
+            yield
+        finally:
+            self.size_bytes -= size_bytes
+
+    def _busy(self) -> GatewayBusy:
+        return GatewayBusy(
+            f"{self.count} bodies of {self.size_bytes} bytes are being read, which is as much as may be at a time",
+            retry_after_s=_BUSY_RETRY_S,
+        )
 
 
 def length_of(request: web.Request, *, most: int) -> int:

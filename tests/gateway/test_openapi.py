@@ -66,7 +66,7 @@ def test_every_route_is_in_the_docs() -> None:
     assert missing == []
 
 
-@schemathesis.serializer("application/vnd.safetensors", "tensor/binary")
+@schemathesis.serializer("application/vnd.safetensors", "tensor/binary", "image/png", "image/jpeg", "image/webp")
 def as_bytes(context: object, value: Any) -> bytes:
     """Bodies that are bytes."""
     return value if isinstance(value, bytes) else str(value).encode(errors="replace")

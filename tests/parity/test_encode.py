@@ -15,7 +15,15 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from broker_config.errors import InvalidDtype, InvalidOption, InvalidRank, InvalidSize, UnknownLayout
+from broker_config.errors import (
+    InvalidDtype,
+    InvalidOption,
+    InvalidRank,
+    InvalidSize,
+    JobFailed,
+    LatentsNotFinite,
+    UnknownLayout,
+)
 from tests.parity.test_remote_vae_families import _vae
 from tests.parity.whole_pipelines import diffusers_class
 from tests.support.serving import Serving, serving
@@ -149,6 +157,35 @@ def test_what_was_encoded_can_be_decoded_and_the_result_says_what_did_it(served:
         job.redecode(output="png")
 
 
+def values(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "flux", "wan", "hunyuanvideo"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_floats_reach_the_vae_as_they_are(name: str, dtype: torch.dtype, catalog: Path, served: Serving) -> None:
+    vae, clip = _vae(catalog.parent / name), name in ("wan", "hunyuanvideo")
+    given = (values(2, 3, 5, 48, 64) if clip else values(2, 3, 48, 64)).to(dtype)
+    with torch.no_grad():
+        expected = vae.encode(given.float()).latent_dist.mode()
+    layout = {} if clip else {"layout": "unpacked"}
+    assert torch.equal(encoded(served, given, vae=name, state="denormalised", **layout), expected)
+    if dtype is not torch.bfloat16:
+        assert torch.equal(encoded(served, given.numpy(), vae=name, state="denormalised", **layout), expected)
+
+
+def test_strides_of_floats_do_not_matter(catalog: Path, served: Serving) -> None:
+    vae, given = _vae(catalog.parent / "sd"), values(1, 48, 64, 3).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = vae.encode(given.contiguous()).latent_dist.mode() * vae.config.scaling_factor
+    assert torch.equal(encoded(served, given, vae="sd"), expected)
+
+
+def test_a_shift_contradicts_statistics(served: Serving) -> None:
+    with pytest.raises(JobFailed, match=r"shift_factor is 0\.1.*leave it out"):
+        encoded(served, values(1, 3, 48, 64), vae="playground", scaling_factor=0.5, shift_factor=0.1)
+
+
 def test_dc_ae_has_no_posterior(catalog: Path, served: Serving) -> None:
     vae, array = _vae(catalog.parent / "sana"), pictures(batch=1, height=64, width=96)
     with torch.no_grad():
@@ -161,7 +198,12 @@ def test_dc_ae_has_no_posterior(catalog: Path, served: Serving) -> None:
 @pytest.mark.parametrize(
     ("given", "options", "kind", "field", "words"),
     [
-        (np.zeros((1, 48, 64, 3), np.float32), {"vae": "sd"}, InvalidDtype, "pictures", "float32"),
+        (np.zeros((1, 3, 48, 64), np.float64), {"vae": "sd"}, InvalidDtype, "pictures", "float64.*uint8"),
+        (torch.zeros((1, 3, 48, 64), dtype=torch.uint8), {"vae": "sd"}, InvalidDtype, "pictures", "uint8 in numpy"),
+        (np.zeros((1, 48, 64, 3), np.float32), {"vae": "sd"}, InvalidRank, "pictures", "floats have them first"),
+        (torch.zeros(1, 3, 48, 64), {"vae": "wan"}, InvalidRank, "pictures", r"batch, 3, frames, height"),
+        (torch.zeros(1, 3, 48, 60), {"vae": "sd"}, InvalidSize, "width", "60.*multiples of 8"),
+        (torch.full((1, 3, 48, 64), torch.nan), {"vae": "sd"}, LatentsNotFinite, "pictures", "9216 of 9216"),
         (np.zeros((1, 48, 64, 4), np.uint8), {"vae": "sd"}, InvalidRank, "pictures", r"\[1, 48, 64, 4\]"),
         (np.zeros((48, 64), np.uint8), {"vae": "sd"}, InvalidRank, "pictures", r"\[48, 64\]"),
         (np.zeros((1, 50, 64, 3), np.uint8), {"vae": "sd"}, InvalidSize, "height", "50.*multiples of 8"),

@@ -61,6 +61,11 @@ def scaling_of(
             f"of {own}: leave it out",
             field="scaling_factor",
         )
+    if shift_factor and mean is not None and std is not None:
+        raise InvalidOption(
+            f"shift_factor is {shift_factor}, but this VAE has latents_mean and latents_std instead: leave it out",
+            field="shift_factor",
+        )
     norm = getattr(vae, "bn", None)
     return Scaling(
         scaling_factor=own if scaling_factor is None else scaling_factor,
