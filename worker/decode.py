@@ -25,6 +25,10 @@ from worker.latent_layouts.frames import unfold_frames
 FRAMES_PER_CALL: Final = 16
 #: Layouts whose frames are folded into the batch.
 _FOLDED: Final = frozenset({LatentLayout.VIDEO_2D, LatentLayout.FRAMES_2D})
+#: Layouts of clips that the VAE decodes as a whole and that need nothing afterwards.
+_BY_FRAMES: Final = frozenset(
+    {LatentLayout.VIDEO, LatentLayout.FRAMES_FIRST, LatentLayout.VIDEO_CHANNELS_LAST, LatentLayout.CHANNELS_LAST}
+)
 
 
 def decode_chunks(
@@ -57,11 +61,13 @@ def decode_chunks(
         InvalidOption: the VAE needs a fact the job lacks, or cannot do what the job asks.
     """
     with torch.inference_mode():
+        if hasattr(vae, "_clear_conv_cache"):  # EasyAnimate's VAE clears it after a decode only: one may have failed
+            vae._clear_conv_cache()
         latents = latents.to(device=vae.device, dtype=vae.dtype)
         vae_input = to_vae_input(latents, plan)
         vae_input, timestep = mix_noise(vae_input, vae, plan)
         step = step_of(vae_input.shape[0], plan, items_per_call)
-        if by_frames and step == 1 and plan.layout is LatentLayout.VIDEO and can_stream(vae):
+        if by_frames and step == 1 and plan.layout in _BY_FRAMES and can_stream(vae):
             pieces = (piece for clip in torch.split(vae_input, 1) for piece in stream_frames(vae, clip))
             for piece in itertools.islice(pieces, first, None):
                 yield finish(piece, plan)

@@ -1,37 +1,43 @@
-"""Clips frame by frame: VAEs whose decoder is causal in time hand out each group of frames as soon as it is there.
+"""Clips frame by frame: VAEs that decode a clip in groups of frames hand out each group as soon as it is there.
 
-diffusers' own `decode` keeps every frame and appends each group to all before it, so its memory grows with the clip
-and its copies with the square of it. The steps are the same, in the same order and on the same state; so are the bits.
+diffusers' own `decode` keeps every frame, and some append each group to all before it, so their memory grows with the
+clip and their copies with the square of it. The steps here are the same, in the same order and on the same state; so
+are the bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Final
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-#: Classes whose decode is this loop, of diffusers 0.42.
-_STREAMED: Final = frozenset({"AutoencoderKLWan"})
+Groups = Generator[torch.Tensor, None, None]
 
 
 def can_stream(vae: Any) -> bool:
     """Whether `stream_frames` knows this VAE, as it is set up: tiles are decoded over the whole clip."""
-    return type(vae).__name__ in _STREAMED and not vae.use_tiling
+    return type(vae).__name__ in _STREAMS and not vae.use_tiling
 
 
-def stream_frames(vae: Any, latents: torch.Tensor) -> Generator[torch.Tensor, None, None]:
+def stream_frames(vae: Any, latents: torch.Tensor) -> Groups:
     """What `vae.decode(latents)` returns, in groups of frames.
 
-    While this runs nobody else may use the VAE: it keeps what the next frames need on itself.
+    While this runs nobody else may use the VAE: some keep what the next frames need on themselves.
 
     Args:
         vae: `can_stream` must know it.
         latents: (1, C, f, h, w), as `vae.decode` takes them.
 
     Yields:
-        (1, 3, n, H, W): first one frame, then four at a time.
+        (1, 3, n, H, W), in order.
+    """
+    return _STREAMS[type(vae).__name__](vae, latents)
+
+
+def _wan(vae: Any, latents: torch.Tensor) -> Groups:
+    """One latent frame after the other, convolutions remembering the two before.
 
     Source: models/autoencoders/autoencoder_kl_wan.py `AutoencoderKLWan._decode`.
     """
@@ -49,3 +55,44 @@ def stream_frames(vae: Any, latents: torch.Tensor) -> Generator[torch.Tensor, No
             yield torch.clamp(decoded, min=-1.0, max=1.0)
     finally:
         vae.clear_cache()
+
+
+def _cogvideox(vae: Any, latents: torch.Tensor) -> Groups:
+    """Two latent frames at a time, what is left over with the first two; the cache goes from group to group.
+
+    Source: models/autoencoders/autoencoder_kl_cogvideox.py `AutoencoderKLCogVideoX._decode`.
+    """
+    size = vae.num_latent_frames_batch_size
+    groups, rest = max(latents.shape[2] // size, 1), latents.shape[2] % size
+    cache = None
+    for number in range(groups):
+        start = size * number + (rest if number else 0)
+        part = latents[:, :, start : size * (number + 1) + rest]
+        if vae.post_quant_conv is not None:
+            part = vae.post_quant_conv(part)
+        decoded, cache = vae.decoder(part, conv_cache=cache)
+        yield decoded
+
+
+def _magvit(vae: Any, latents: torch.Tensor) -> Groups:
+    """The first latent frame, then groups; convolutions remember what the next group needs.
+
+    Source: models/autoencoders/autoencoder_kl_magvit.py `AutoencoderKLMagvit._decode`, `decode`.
+    """
+    vae._clear_conv_cache()
+    try:
+        inputs = vae.post_quant_conv(latents)
+        yield vae.decoder(inputs[:, :, :1])
+        size = vae.num_latent_frames_batch_size
+        for start in range(1, latents.shape[2], size):
+            yield vae.decoder(inputs[:, :, start : start + size])
+    finally:
+        vae._clear_conv_cache()
+
+
+#: Classes whose decode is such a loop, of diffusers 0.42.
+_STREAMS: Final[Mapping[str, Callable[[Any, torch.Tensor], Groups]]] = {
+    "AutoencoderKLWan": _wan,
+    "AutoencoderKLCogVideoX": _cogvideox,
+    "AutoencoderKLMagvit": _magvit,
+}

@@ -25,22 +25,34 @@ def latents_of(channels: int, *, batch: int = 1, frames: int = 4) -> torch.Tenso
     return torch.randn(batch, channels, frames, 6, 5, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("name", ["wan", "wan22-5b"])
-@pytest.mark.parametrize("frames", [1, 2, 5])
-def test_groups_of_frames_are_bit_for_bit_the_pipelines_clip(name: str, frames: int) -> None:
+#: Frames of each group for 1, 2 and 5 latent frames.
+GROUPS = {
+    "wan": ([1], [1, 4], [1, 4, 4, 4, 4]),
+    "wan22-5b": ([1], [1, 4], [1, 4, 4, 4, 4]),
+    "cogvideox-2b": ([1], [8], [9, 8]),
+    "easyanimate": ([1], [1, 4], [1, 4, 4, 4, 4]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [(name, sizes) for name, every in GROUPS.items() for sizes in zip((1, 2, 5), every, strict=True)]
+)
+def test_groups_of_frames_are_bit_for_bit_the_pipelines_clip(name: str, sizes: tuple[int, list[int]]) -> None:
+    frames, expected_groups = sizes
     vae, channels = wan(name)
     latents = latents_of(channels, frames=frames)
     with torch.inference_mode():
         expected = vae.decode(latents, return_dict=False)[0]
         groups = list(stream_frames(vae, latents))
         again = vae.decode(latents, return_dict=False)[0]
-    assert [group.shape[2] for group in groups] == [1] + [4] * (frames - 1)
+    assert [group.shape[2] for group in groups] == expected_groups
     assert torch.equal(torch.cat(groups, dim=2), expected)
     assert torch.equal(again, expected)  # nothing of ours is left on the module
 
 
-def test_a_stream_that_is_given_up_leaves_nothing_on_the_module() -> None:
-    vae, channels = wan("wan")
+@pytest.mark.parametrize("name", ["wan", "cogvideox-2b", "easyanimate"])
+def test_a_stream_that_is_given_up_leaves_nothing_on_the_module(name: str) -> None:
+    vae, channels = wan(name)
     latents = latents_of(channels)
     with torch.inference_mode():
         expected = vae.decode(latents, return_dict=False)[0]
@@ -49,6 +61,25 @@ def test_a_stream_that_is_given_up_leaves_nothing_on_the_module() -> None:
         next(stream)
         stream.close()
         assert torch.equal(vae.decode(latents, return_dict=False)[0], expected)
+
+
+def test_a_decode_that_failed_half_way_leaves_no_trace_in_the_next() -> None:
+    vae, channels = wan("easyanimate")
+    latents, plan = latents_of(channels), plan_of(vae, batch=1, frames=4)
+    (expected,) = decode_chunks(vae, latents, plan)
+    calls = []
+
+    def fail_at_the_second(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+
+    hook = vae.decoder.conv_in.register_forward_hook(fail_at_the_second)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(decode_chunks(vae, latents * 3, plan))
+    hook.remove()
+    (again,) = decode_chunks(vae, latents, plan)
+    assert torch.equal(again, expected)
 
 
 def test_a_vae_that_tiles_and_one_that_is_not_causal_are_left_alone() -> None:
