@@ -68,11 +68,11 @@ IMAGES: dict[str, torch.Tensor] = {
 }
 
 
-def case(name: str, vae: str, image: str, *, query: str = "", **arguments: float) -> dict[str, Any]:
+def case(name: str, vae: str, image: str, *, query: str = "", **arguments: Any) -> dict[str, Any]:
     return {"name": name, "url": f"/encode/{vae}{query}", "image": image, "arguments": arguments}
 
 
-def factors(vae: str) -> dict[str, float]:
+def factors(vae: str) -> dict[str, Any]:
     scaling, shift = FACTORS[vae]
     return {"scaling_factor": scaling} | ({} if shift is None else {"shift_factor": shift})
 
@@ -210,7 +210,7 @@ def test_a_factor_alone_is_applied_alone(answers: dict[str, Any], local: Any) ->
 def test_the_layout_can_be_asked_for(answers: dict[str, Any], local: Any) -> None:
     from diffusers import FluxImg2ImgPipeline
 
-    pack: Any = FluxImg2ImgPipeline._pack_latents  # type: ignore[no-untyped-call]
+    pack: Any = FluxImg2ImgPipeline._pack_latents
     equal(answers["flux packed"], pack(scaled(local("flux", IMAGES["batch"]), "flux"), 2, 16, 6, 8))
 
 
@@ -259,9 +259,10 @@ def test_other_formats_are_told_by_their_first_bytes(up: Up, local: Any, kind: s
 
 def test_decoding_without_factors_applies_nothing(up: Up, catalog: Path) -> None:
     for name, latents in {"playground": tensor(1, 4, 6, 8), "wan": tensor(1, 16, 2, 6, 8)}.items():
+        params: dict[str, Any] = {"shape": list(latents.shape), "dtype": "float32", "output_type": "pt"}
         answer = requests.post(
             f"{up.url}/decode/{name}",
-            params={"shape": list(latents.shape), "dtype": "float32", "output_type": "pt"},
+            params=params,
             data=latents.numpy().tobytes(),
             headers={"Content-Type": "tensor/binary"},
             timeout=60,
