@@ -259,9 +259,10 @@ def test_other_formats_are_told_by_their_first_bytes(up: Up, local: Any, kind: s
 
 def test_decoding_without_factors_applies_nothing(up: Up, catalog: Path) -> None:
     for name, latents in {"playground": tensor(1, 4, 6, 8), "wan": tensor(1, 16, 2, 6, 8)}.items():
+        params: dict[str, Any] = {"shape": list(latents.shape), "dtype": "float32", "output_type": "pt"}
         answer = requests.post(
             f"{up.url}/decode/{name}",
-            params=[*(("shape", str(side)) for side in latents.shape), ("dtype", "float32"), ("output_type", "pt")],
+            params=params,
             data=latents.numpy().tobytes(),
             headers={"Content-Type": "tensor/binary"},
             timeout=60,
