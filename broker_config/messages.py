@@ -270,10 +270,7 @@ class DecodeRequest:
             if wire.get("state") is not None:
                 LatentState(wire["state"])
             checked_facts(wire)
-            request = cls(**wire)
-            if request.kind is Kind.ENCODE:
-                _check_pixels(request)
-            return request
+            return cls(**wire)
         except UnsupportedMessage:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -302,15 +299,6 @@ def _check_types(message: type[DecodeRequest], wire: Mapping[str, Any]) -> None:
         right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
         if not right or (dict in kinds and not all(isinstance(item, str) for item in value.values())):
             raise UnsupportedMessage(f"the job's message cannot be read: {spec.name} is {value!a:.80}")
-
-
-def _check_pixels(request: DecodeRequest) -> None:
-    sizes = (request.num_frames, request.height, request.width) if request.is_video else (request.height, request.width)
-    right = (request.batch, *sizes, 3) if request.dtype == "uint8" else (request.batch, 3, *sizes)
-    if request.shape != right:
-        raise UnsupportedMessage(
-            f"the job's message cannot be read: pixels are {request.dtype} {list(request.shape)}, not {list(right)}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -157,7 +157,7 @@ def check_finite(raw: bytes | memoryview, dtype: str, *, name: str = "latents") 
         size = numbers.size
     if bad:
         why = "the picture would be black. Check the denoiser's dtype" if name == "latents" else "scale them to [-1, 1]"
-        raise LatentsNotFinite(f"{bad} of {size} values of the {name} are NaN or Inf: {why}", field=name)
+        raise LatentsNotFinite(f"{bad} of {size} {name} are NaN or Inf: {why}", field=name)
 
 
 def _check_file_size(size_bytes: int, *, max_bytes: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from broker_config.errors import InvalidOption
+from broker_config.errors import InvalidOption, InvalidSize
 from broker_config.latent_geometry import LatentLayout, LatentState
 from worker.latent_layouts import Plan, Scaling
 from worker.latent_layouts.normalisation import like, needed_statistics
@@ -37,7 +37,9 @@ def encode_pixels(
 
     Raises:
         InvalidOption: a state or a layout that no pipeline encodes to.
+        InvalidSize: the pixels are not those of the plan.
     """
+    _check_size(pixels, plan)
     with torch.inference_mode():
         pixels = pixels.to(vae.device)
         is_bytes = pixels.dtype == torch.uint8
@@ -47,6 +49,13 @@ def encode_pixels(
         parts = [_latents_of(vae.encode(part), generator) for part in torch.split(values, step)]
         latents = normalise(torch.cat(parts), plan.scaling, plan.latent_state)
         return _LAYOUTS[plan.layout](latents)
+
+
+def _check_size(pixels: torch.Tensor, plan: Plan) -> None:
+    sizes = (plan.num_frames, plan.height, plan.width) if plan.is_video else (plan.height, plan.width)
+    right = (plan.batch, *sizes, 3) if pixels.dtype == torch.uint8 else (plan.batch, 3, *sizes)
+    if tuple(pixels.shape) != right:
+        raise InvalidSize(f"pictures are {list(pixels.shape)}, the job says {list(right)}", field="pictures")
 
 
 def to_vae_values(pixels: torch.Tensor) -> torch.Tensor:

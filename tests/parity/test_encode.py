@@ -24,10 +24,13 @@ from broker_config.errors import (
     LatentsNotFinite,
     UnknownLayout,
 )
+from broker_config.latent_geometry import LatentLayout
 from tests.parity.test_remote_vae_families import _vae
 from tests.parity.whole_pipelines import diffusers_class
 from tests.support.serving import Serving, serving
 from tests.support.tiny_families import write_family_catalog
+from worker.encode import encode_pixels
+from worker.latent_layouts import Plan, scaling_of
 
 pytestmark = pytest.mark.usefixtures("pipelines_importable")
 
@@ -172,6 +175,27 @@ def test_floats_reach_the_vae_as_they_are(name: str, dtype: torch.dtype, catalog
     assert torch.equal(encoded(served, given, vae=name, state="denormalised", **layout), expected)
     if dtype is not torch.bfloat16:
         assert torch.equal(encoded(served, given.numpy(), vae=name, state="denormalised", **layout), expected)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [torch.zeros(1, 48, 64, 3), torch.zeros((1, 3, 48, 64), dtype=torch.uint8), torch.zeros(2, 3, 48, 64)],
+    ids=["floats with channels last", "bytes with channels first", "another batch"],
+)
+def test_a_worker_refuses_pixels_that_are_not_the_jobs(pixels: torch.Tensor, catalog: Path) -> None:
+    vae = _vae(catalog.parent / "sd")
+    plan = Plan(
+        layout=LatentLayout.UNPACKED,
+        scaling=scaling_of(vae, scaling_factor=None, shift_factor=None),
+        batch=1,
+        num_frames=1,
+        height=48,
+        width=64,
+        spatial=8,
+        is_video=False,
+    )
+    with pytest.raises(InvalidSize, match="the job says"):
+        encode_pixels(vae, pixels, plan, seed=None)
 
 
 def test_strides_of_floats_do_not_matter(catalog: Path, served: Serving) -> None:
