@@ -1,10 +1,10 @@
 """Keeps a decode on the host from taking more memory than it uses, by telling glibc's malloc what its blocks are.
 
-Left alone, glibc keeps freed blocks of up to 32 MiB in the heap. After a decode's early stages it is full of holes
-of their activations, which later strips do not fill: 90 to 130 MiB of SD's VAE at 512², a third of what the decode
-itself takes then. Mapping every block one by one leaves no holes, but each strip then faults its pages in again: half
-the time of a decode in bfloat16. So activations are mapped, strips stay in the heap and are reused there, and between
-two steps what is free goes back to the system.
+Left alone, glibc keeps freed blocks of up to 32 MiB in the heap. After a decode's early stages the heap is full of
+holes of their activations, which later strips do not fill: 90 to 130 MiB of SD's VAE at 512², a third of what the
+decode itself takes then. Mapping every block one by one leaves no holes, but each strip then faults its pages in again:
+half the time of a decode in bfloat16. So activations are mapped, strips stay in the heap and are reused there, and
+between two steps what is free goes back to the system.
 """
 
 from __future__ import annotations
