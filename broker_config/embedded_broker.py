@@ -57,7 +57,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from broker_config import errors
+from broker_config import cgroup_memory, errors
+from broker_config.aof_syncing import AofSyncing
 
 __all__ = [
     "BrokerState",
@@ -137,8 +138,9 @@ def default_max_memory_bytes() -> int:
     4 GiB holds 8,000 waiting Flux latents, and a machine that decodes wants its memory for weights.
     """
     usable_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max": the machine is the limit
-        usable_bytes = min(usable_bytes, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    in_group = cgroup_memory.limit_bytes()
+    if in_group is not None:
+        usable_bytes = min(usable_bytes, in_group)
     return min(usable_bytes // 2, 4 << 30)
 
 
@@ -265,8 +267,8 @@ class EmbeddedBroker:
     """One broker on `data_dir`; as a context manager it runs inside the block. Methods are thread-safe.
 
     `binary` is LATENTQ_REDIS_SERVER where that is set, `max_memory_bytes` is `default_max_memory_bytes()`
-    unless given, `appendfsync` is always, everysec or no. With `dies_with_owner=False` the server goes on,
-    and goes on owning the folder, when this process ends without `stop`.
+    unless given, `appendfsync` is always, everysec (by a thread of this process: `aof_syncing`) or no. With
+    `dies_with_owner=False` the server goes on, and goes on owning the folder, when this process ends without `stop`.
     """
 
     def __init__(
@@ -284,6 +286,7 @@ class EmbeddedBroker:
         self._max_memory_bytes = default_max_memory_bytes() if max_memory_bytes is None else max_memory_bytes
         self._binary = binary
         self._appendfsync = appendfsync
+        self._syncing: AofSyncing | None = None
         self._dies_with_owner = dies_with_owner
         self._mutex = threading.RLock()
         self._owner_lock: int | None = None
@@ -319,6 +322,9 @@ class EmbeddedBroker:
             try:
                 self._end_server()  # reaps a dead one and its watcher
                 self._state = self._launch(find_server_binary(self._binary))
+                if self._appendfsync == "everysec":
+                    self._syncing = AofSyncing(self._data_dir / "appendonlydir")
+                    self._syncing.start()
             except BaseException as exc:  # also KeyboardInterrupt: never leave a server behind
                 self.stop()
                 if isinstance(exc, OSError):
@@ -415,6 +421,9 @@ class EmbeddedBroker:
         return server
 
     def _end_server(self) -> None:
+        if self._syncing is not None:
+            self._syncing.stop()
+            self._syncing = None
         if self._server is not None:
             self._server.terminate()
             try:
@@ -442,7 +451,7 @@ def _arguments(data_dir: Path, socket: Path, max_memory_bytes: int, appendfsync:
         "proc-title-template": "latentq-broker {unixsocket}",
         "save": "",
         "appendonly": "yes",
-        "appendfsync": appendfsync,
+        "appendfsync": "always" if appendfsync == "always" else "no",
         "aof-use-rdb-preamble": "yes",
         "aof-load-truncated": "yes",
         # Blobs append the default of 64 MB within seconds: each time that would be a fork and a rewrite.

@@ -136,7 +136,4 @@ class ExternalIndex:
 
     def postpone(self, store_id: str, name: str, *, delay_s: float) -> None:
         """Puts a doomed blob that could not be deleted behind the others."""
-        with broker_errors(self._connections.url):
-            seconds, _ = self._connections.commands.time()
-            when_ms = (int(seconds) + round(delay_s)) * 1000
-            self._connections.commands.zadd(keys.doomed(store_id), {name: when_ms}, xx=True)
+        self._run("postpone", store_id, name, round(delay_s * 1000))

@@ -29,6 +29,10 @@ _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _PREFIX: Final = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
 
+#: First byte, and the one behind the last.
+Span = tuple[int, int]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredBlob:
     """A blob as a listing shows it."""
@@ -70,8 +74,12 @@ class ExternalStore(Protocol):
         """Stores `data`: when this returns it is on disk, or acknowledged. Nothing is visible before it is whole."""
         ...
 
-    def read(self, name: str) -> bytes | None:
-        """What lies under `name`; None: nothing."""
+    def read(self, name: str, span: Span | None = None) -> bytes | None:
+        """What lies under `name`, or the bytes of it in `span`; None: nothing."""
+        ...
+
+    def link(self, name: str, *, lifetime_s: float) -> str | None:
+        """A URL that hands out what lies under `name` for so long, to whoever has it; None: this store makes none."""
         ...
 
     def delete(self, names: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from typing import Final
 from uuid import uuid4
 
 from broker_config.errors import BlobStoreUnavailable, ConfigurationError
-from broker_config.external_store import ID_NAME, StoredBlob, check_name, id_from_bytes, id_to_bytes, is_name
+from broker_config.external_store import ID_NAME, Span, StoredBlob, check_name, id_from_bytes, id_to_bytes, is_name
 
 _SHARDS: Final = tuple(f"{number:02x}" for number in range(256))
 _PARTIAL_SUFFIX: Final = ".part"
@@ -119,15 +119,19 @@ class FileStore:
                     raise
                 os.fsync(shard)
 
-    def read(self, name: str) -> bytes | None:
-        """The bytes under `name`; None: there are none."""
+    def read(self, name: str, span: Span | None = None) -> bytes | None:
+        """The bytes under `name`, or those in `span`; None: there are none."""
         check_name(name)
         with self._errors("read"):
             try:
                 with self._shard_of(name) as shard:
-                    return _read(shard, name)
+                    return _read(shard, name, span)
             except FileNotFoundError:
                 return None
+
+    def link(self, name: str, *, lifetime_s: float) -> str | None:
+        """None: nobody outside can read a folder."""
+        return None
 
     def delete(self, names: Sequence[str]) -> None:
         """Removes these files. Not `fsync`ed: what a loss of power brings back, the next walk removes."""
@@ -251,9 +255,16 @@ def _write(folder: int, name: str, data: bytes) -> None:
         os.close(file)
 
 
-def _read(folder: int, name: str) -> bytes:
+def _read(folder: int, name: str, span: Span | None = None) -> bytes:
     file = os.open(name, _READ_FLAGS, dir_fd=folder)
     with open(file, "rb", buffering=0) as stream:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             raise FileNotFoundError(errno.ENOENT, "not a file")
-        return stream.readall()
+        if span is None:
+            return stream.readall()
+        found = []
+        at, end = span
+        while at < end and (piece := os.pread(file, end - at, at)):  # at most 2 GiB at a time
+            found.append(piece)
+            at += len(piece)
+        return b"".join(found)

@@ -38,7 +38,10 @@ _JOB, _RQ_JOB, _BLOB, _OWNERS, _ATTEMPTS = (
     keys.job(""), keys.rq_job(""), keys.blob(""), keys.owners(""), keys.attempts(""),
 )  # fmt: skip
 #: Keys that must have a TTL whatever happens (broker_config/keys.py says which).
-_MORTAL: Final = (keys.claim_memo(""), keys.bell(""), keys.serving(""), keys.worker(""))
+_MORTAL: Final = (
+    keys.claim_memo(""), keys.bell(""), keys.serving(""), keys.worker(""), keys.delivery(""), keys.breaker(""),
+    keys.courier(""),
+)  # fmt: skip
 _JUDGED: Final = (_JOB, _RQ_JOB, _BLOB, _OWNERS, _ATTEMPTS, *_MORTAL)
 
 

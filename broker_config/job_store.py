@@ -26,17 +26,22 @@ from broker_config.errors import (
     QueueFull,
     StartDeadlinePassed,
     UnsupportedMessage,
+    WebhookSecretMissing,
     WorkerCrashed,
 )
 from broker_config.messages import SCHEMA_VERSION, DecodeRequest, DecodeResult, JobSnapshot, JobStatus, Mode
 from broker_config.scripts import source
 from broker_config.settings import Settings
+from broker_config.webhook_record import outbox_bytes, record_of, webhook_limits
+from broker_config.webhook_secrets import entries_of
 
 #: How far behind the head of a queue a claim looks for jobs of the same bucket.
 CLAIM_WINDOW: Final = 64
 #: Bytes a picture may take once encoded, for admission: a PNG of a photograph is 1.5 bytes a pixel, a tensor 12.
 _RESERVE_BYTES_PER_PX: Final = {"tensor": 12.0, "uint8": 3.0, "png": 2.0, "webp": 0.4, "jpg": 0.6, "mp4": 0.1}
 
+#: Outputs with an artifact for each frame.
+_PICTURES: Final = frozenset({"png", "jpg", "webp"})
 
 #: Why a job fails that someone enqueued on our queues with RQ itself, and how long it stays listed unless it says
 #: so itself (RQ's own default is a year).
@@ -48,6 +53,8 @@ _FOREIGN_TTL_S: Final = 7 * 86_400
 #: How long latents stay that were refused because the queue is full: longer than a patient caller's pause between
 #: two tries, short enough that what is refused cannot fill the broker.
 _REFUSED_S: Final = 10.0
+#: A preview is looked at while its job runs.
+_PREVIEW_MS: Final = 3_600_000
 
 
 class Outcome(StrEnum):
@@ -96,7 +103,7 @@ class Renewal:
 
     job_id: str
     execution: str
-    #: claimed, fetch, device or finish.
+    #: claimed, ready, device, encode or finish; a worker that dies in `device` counts a crash.
     stage: str
     done: int = 0
     total: int = 0
@@ -107,7 +114,7 @@ class JobStore:
 
     def __init__(self, connections: Connections, settings: Settings) -> None:
         self.connections = connections
-        self._settings = settings
+        self.settings = settings
         self._scripts: dict[str, Any] = {}
 
     def _run(self, name: str, *args: str | bytes | int | float) -> Any:
@@ -135,42 +142,52 @@ class JobStore:
             "admit",
             request.job_id,
             request.payload_hash,
-            self._limits(),
+            self._limits(request),
             size,
             self._reserved_bytes(request),
             size if in_broker else 0,
         )
         return self._admitted(answer, request) == "yes"
 
-    def submit(self, request: DecodeRequest, latents: bytes = b"") -> bool:
+    def submit(self, request: DecodeRequest, latents: bytes = b"", *, secrets: Sequence[str] = ()) -> bool:
         """Accepts the job. True if it is new, False if this very job was accepted before.
 
         Args:
             request: the job.
             latents: the bytes of `request.latents`, to be stored with the job; empty: they were stored before.
+            secrets: sign its webhook; none: those of its key, or the default ones.
 
         Raises:
             JobConflict: the id was used for other latents or options.
             QueueFull: a limit of pending jobs, bytes or broker memory is reached.
             BlobMissing: the latents' provisional lifetime ended; store them again, then submit again.
+            WebhookSecretMissing: it has a webhook, and nothing to sign it with.
         """
         queue = keys.queue_name(request.vae, request.priority)
         fields = self._record_fields(request, queue)
+        if request.webhook is not None:
+            fields += ["webhook", record_of(request, self.settings, own_secrets=bool(secrets))]
         answer = self._run(
             "submit",
             request.job_id,
             request.payload_hash,
-            self._limits(),
+            self._limits(request),
             address(request.latents),
             latents,
+            entries_of(secrets),
             len(fields),
             *fields,
             *rq_format.job_fields(request, queue=queue, connection=self.connections.commands),
         )
         return self._admitted(answer, request) == "accepted"
 
-    def _limits(self) -> str:
-        settings = self._settings
+    def full(self) -> str | None:
+        """Which limit keeps even the smallest job out now: jobs, latents or memory; None: none does."""
+        answer = self._run("admit", "", "", self._limits(None), 1, 0, 0)
+        return answer[1].decode() if answer[0] == b"full" else None
+
+    def _limits(self, request: DecodeRequest | None) -> str:
+        settings = self.settings
         return json.dumps(
             {
                 "jobs": settings.max_pending_jobs,
@@ -178,6 +195,7 @@ class JobStore:
                 "watermark": settings.memory_watermark,
                 "refused_ms": round(_REFUSED_S * 1000),
             }
+            | ({} if request is None else webhook_limits(request, settings))
         )
 
     def _admitted(self, answer: list[bytes], request: DecodeRequest) -> str:
@@ -190,16 +208,19 @@ class JobStore:
             )
         if word == "blob_missing":
             raise BlobMissing(f"the latents {request.latents.name} are not in the store", job_id=request.job_id)
+        if word == "secret_missing":
+            raise WebhookSecretMissing(field="webhook_secret", job_id=request.job_id)
         if word == "full":
-            raise _queue_full(answer[1].decode(), request, self._settings)
+            raise _queue_full(answer[1].decode(), request, self.settings)
         return word
 
     def _reserved_bytes(self, request: DecodeRequest) -> int:
         """Room in the broker that is kept free for the job's artifacts."""
         reserved = request.pixels * _RESERVE_BYTES_PER_PX[request.output]
-        if self._settings.blob_store is not None:  # a larger artifact does not lie in the broker
-            reserved = min(reserved, request.batch * self._settings.blob_threshold_bytes)
-        return round(reserved)
+        if self.settings.blob_store is not None:  # a larger artifact does not lie in the broker
+            pictures = request.num_frames if request.output in _PICTURES else 1  # a clip as pictures: one a frame
+            reserved = min(reserved, request.batch * pictures * self.settings.blob_threshold_bytes)
+        return round(reserved) + outbox_bytes(request)
 
     def _record_fields(self, request: DecodeRequest, queue: str) -> list[str | bytes | int | float]:
         fields: dict[str, str | bytes | int | float] = {
@@ -214,7 +235,7 @@ class JobStore:
             "schema": request.schema_version,
             "mode": request.mode or "",
             "retention_ms": round(request.retention_s * 1000),
-            "tombstone_ms": round(self._settings.tombstone_s * 1000),
+            "tombstone_ms": round(self.settings.tombstone_s * 1000),
         }
         if request.start_within_s is not None:
             fields["deadline_ms"] = self.now_ms() + round(request.start_within_s * 1000)
@@ -253,6 +274,14 @@ class JobStore:
         Raises:
             JobNotFound: one of them does not exist.
         """
+        found = self.find(job_ids)
+        for job_id in job_ids:
+            if job_id not in found:
+                raise JobNotFound(f"no job {job_id}: the id is wrong, or its tombstone is gone too", job_id=job_id)
+        return [found[job_id] for job_id in job_ids]
+
+    def find(self, job_ids: Sequence[str]) -> dict[str, JobSnapshot]:
+        """Those of these jobs that exist, in one round trip, by id."""
         with (
             broker_errors(self.connections.url),
             self.connections.commands.pipeline(transaction=False) as pipe,
@@ -263,16 +292,19 @@ class JobStore:
             pipe.time()
             *answers, (seconds, micros) = pipe.execute()
         now_ms = int(seconds) * 1000 + int(micros) // 1000
-        records = [_decode(raw) for raw in answers[::2]]
-        for job_id, record in zip(job_ids, records, strict=True):
-            if "state" not in record:
-                raise JobNotFound(f"no job {job_id}: the id is wrong, or its tombstone is gone too", job_id=job_id)
-        ended = {record["state"] for record in records if JobStatus(record["state"]).is_terminal}
-        served = self.served({record["vae"] for record in records if record["state"] not in ended})
-        return [
-            _snapshot(job_id, record, errors, served=record["state"] in ended or record["vae"] in served, now_ms=now_ms)
-            for job_id, record, errors in zip(job_ids, records, answers[1::2], strict=True)
+        rows = [
+            (job_id, _decode(raw), errors)
+            for job_id, raw, errors in zip(job_ids, answers[::2], answers[1::2], strict=True)
         ]
+        rows = [row for row in rows if "state" in row[1]]
+        ended = {record["state"] for _, record, _ in rows if JobStatus(record["state"]).is_terminal}
+        served = self.served({record["vae"] for _, record, _ in rows if record["state"] not in ended})
+        return {
+            job_id: _snapshot(
+                job_id, record, errors, served=record["state"] in ended or record["vae"] in served, now_ms=now_ms
+            )
+            for job_id, record, errors in rows
+        }
 
     def served(self, vaes: Iterable[str]) -> set[str]:
         """Those of `vaes` that a live worker serves."""
@@ -289,9 +321,14 @@ class JobStore:
             counts = pipe.execute()
         return {vae for vae, count in zip(names, counts, strict=True) if count}
 
-    def overdue(self, *, limit: int = 200) -> list[str]:
-        """Fails queued jobs whose start deadline passed. Returns their ids."""
-        late = self._run("overdue", rq_format.exc_string(str(StartDeadlinePassed())), limit)
+    def overdue(self, *, limit: int = 200, places: int = 5_000_000) -> list[str]:
+        """Fails queued jobs whose start deadline passed. Returns their ids.
+
+        Args:
+            limit: jobs at a time.
+            places: entries of queues that may be walked over, some 20 ns each; the rest waits for the next call.
+        """
+        late = self._run("overdue", rq_format.exc_string(str(StartDeadlinePassed())), limit, places)
         return [job_id.decode() for job_id in late]
 
     def retire(self, *job_ids: str, limit: int = 100) -> int:
@@ -318,7 +355,7 @@ class JobStore:
         The same token gets the same answer. `max_px` bounds the pixels of a batch, of all VAEs alike or of each; a job
         larger than that is taken alone.
         """
-        settings = self._settings
+        settings = self.settings
         deadline = rq_format.exc_string(str(StartDeadlinePassed()))
         rows = self._run(
             "claim",
@@ -347,7 +384,7 @@ class JobStore:
         args: list[str | int] = []
         for item in renewals:
             args += [item.job_id, item.execution, item.stage, item.done, item.total]
-        words = self._run("renew", worker, round(self._settings.lease_s * 1000), *args)
+        words = self._run("renew", worker, round(self.settings.lease_s * 1000), *args)
         return [word.decode() for word in words]
 
     def complete(self, claim: Claim, result: DecodeResult, inline: Mapping[str, bytes] | None = None) -> Outcome:
@@ -390,14 +427,16 @@ class JobStore:
             json.dumps(error),
             int(retryable),
             rq_format.exc_string(traceback),
-            self._settings.max_errors,
+            self.settings.max_errors,
             int(elsewhere),
         )
         return Outcome(word.decode())
 
-    def serve(self, worker: str, vaes: Sequence[str], *, ttl_s: float, report: Mapping[str, Any]) -> None:
-        """Says that a worker lives and serves `vaes` for the next `ttl_s`; 0: it leaves."""
-        self._run("serve", worker, round(ttl_s * 1000), json.dumps(report), *vaes)
+    def serve(
+        self, worker: str, vaes: Sequence[str], *, ttl_s: float, report: Mapping[str, Any], resting: Sequence[str] = ()
+    ) -> None:
+        """Says that a worker lives and serves `vaes` for the next `ttl_s`, and `resting` not for now; 0: it leaves."""
+        self._run("serve", worker, round(ttl_s * 1000), json.dumps(report), len(vaes), *vaes, *resting)
 
     def wait_for_work(self, vaes: Sequence[str], *, timeout_s: float = BELL_BLOCK_S) -> bool:
         """Blocks until a doorbell of one of `vaes` rings, or for a second at most. Returns whether it rang."""
@@ -414,6 +453,17 @@ class JobStore:
     def unpark(self, *, limit: int = 1000) -> int:
         """Queues jobs again that were parked because no worker knew their message's version. Returns how many."""
         return int(self._run("unpark", SCHEMA_VERSION, limit))
+
+    def show_preview(self, job_id: str, jpeg: bytes) -> None:
+        """Shows a preview of the job to whoever asks for it within the hour."""
+        with broker_errors(self.connections.url):
+            self.connections.commands.set(keys.preview(job_id), jpeg, px=_PREVIEW_MS)
+
+    def preview(self, job_id: str) -> bytes | None:
+        """The job's preview, a JPEG; None: none was shown, or it is gone."""
+        with broker_errors(self.connections.url):
+            found: bytes | None = self.connections.commands.get(keys.preview(job_id))  # type: ignore[assignment]
+        return found
 
     # Janitor --------------------------------------------------------------------------------------------
 
@@ -435,9 +485,9 @@ class JobStore:
             "reap",
             janitor,
             run_id,
-            round(self._settings.lease_s * 1000),
+            round(self.settings.lease_s * 1000),
             round(quiet_s * 1000),
-            self._settings.max_crashes,
+            self.settings.max_crashes,
             rq_format.exc_string(str(WorkerCrashed())),
             limit,
         )
@@ -465,6 +515,9 @@ def _queue_full(reason: str, request: DecodeRequest, settings: Settings) -> Queu
     limit = {
         "jobs": f"{settings.max_pending_jobs} jobs are pending (LATENTQ_MAX_PENDING_JOBS)",
         "latents": f"pending latents fill {settings.max_pending_bytes} bytes (LATENTQ_MAX_PENDING_BYTES)",
+        "webhooks": f"{settings.webhook_max_pending} webhooks are pending (LATENTQ_WEBHOOK_MAX_PENDING)",
+        "receiver": f"{settings.webhook_max_pending // 4} webhooks wait for this receiver, a quarter of "
+        "LATENTQ_WEBHOOK_MAX_PENDING",
         "memory": f"stored and expected bytes fill {settings.memory_watermark:.0%} of the broker's maxmemory",
     }[reason]
     return QueueFull(
@@ -475,7 +528,7 @@ def _queue_full(reason: str, request: DecodeRequest, settings: Settings) -> Queu
 
 
 def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _decode(raw: Mapping[bytes, bytes]) -> dict[str, str]:

@@ -17,13 +17,15 @@ Schema (`latentq:` is our prefix, `rq:` RQ's own, which `RQ_KEY_PREFIX` may chan
                                       nobody can own any more → ms since     the blob
     latentq:stores            hash    id of the store outside Redis → URL    owned by whoever set the store up
                                       (`new`: given out, not seen yet)       (docs/blob-stores.md says how to move)
+    latentq:preview:<id>      string  JPEG of a job's first picture, by a    1 h
+                                      small VAE
     latentq:leases            zset    job id → end of its lease, ms          member goes when the job leaves processing
     latentq:retention         zset    job id → end of its retention, ms      member goes when the janitor retires it
     latentq:deadlines         zset    job id → start deadline, ms            member goes when the job ends, or when the
                                                                              janitor finds the time past
     latentq:parked            zset    job id → schema_version it needs       member goes when a newer worker takes it
-    latentq:totals            hash    live jobs: count, latents and          owned by the scripts; four fields
-                                      reserved bytes, pixels
+    latentq:totals            hash    live jobs: count, latents and          owned by the scripts; five fields
+                                      reserved bytes, pixels, webhooks
     latentq:claim:<worker>    hash    token and answer of its last claim     1 h
     latentq:bell:<vae>        list    wakes idle workers; holds no ids       1 h, trimmed to 64
     latentq:serving:<vae>     zset    worker → ms until which it serves      member expires by score; 1 h
@@ -36,8 +38,30 @@ Schema (`latentq:` is our prefix, `rq:` RQ's own, which `RQ_KEY_PREFIX` may chan
     latentq:keys              hash    key id → name, digest, scopes, quotas  owned by `latentq keys`
     latentq:session:<digest>  string  a browser's session: key id, token     12 h
     latentq:rate:<key>        string  when a key may ask again (GCRA), µs    until then
-    latentq:quota:<key>:<day> string  jobs a key submitted on a day (UTC)    2 days
+    latentq:spent:<token>     string  a submit that was let in by its rate   1 min
+    latentq:quota:<key>:<day> set     ids a key submitted on a day (UTC)     2 days
     latentq:index:<key>       zset    ids a key submitted → ms               as the longest-lived of its jobs
+    latentq:delivery:<id>     hash    one event on its way to a receiver:    while it is tried + as a dead letter;
+                                      what, where to, every attempt          1 h once delivered
+    latentq:outbox            zset    deliveries that have not ended → ms    member goes when it is delivered or buried
+                                      at which they are given up
+    latentq:receivers         zset    receiver (scheme, host, port) → ms     member goes with its last delivery
+                                      at which it is worth a look
+    latentq:due:<receiver>    zset    deliveries that wait → ms              member goes when a courier takes it
+    latentq:sending:<receiver> zset   deliveries a courier has → end of      member goes with the attempt, or with the
+                                      its lease, ms                          lease
+    latentq:breaker:<receiver> hash   silences in a row, and until when      1 day, or until it answers
+                                      the receiver is left alone
+    latentq:stopped           zset    endpoints that answered 410 → ms       `latentq webhooks enable`; the last 10,000
+    latentq:dead-letters      zset    deliveries that were given up → ms     member goes at that time
+                                      until which they are kept
+    latentq:webhook-counts    hash    how deliveries and attempts ended      owned by the scripts; five fields
+    latentq:webhook-secret:<owner> hash secrets that sign webhooks of a job  of a job: none while it lives, then as its
+                                      (`job:<id>`), a gateway's key          delivery; else 400 days from the last use
+                                      (`key:<id>`), or all others (`default`)
+    latentq:couriers          zset    courier → ms until which it lives      member expires by score; 1 h
+    latentq:courier:<name>    hash    token and answer of its last claim     1 h
+    latentq:courier-bell      list    wakes idle couriers                    1 h, trimmed to 16
     latentq:ended             channel the id of each job that ends; nothing  none
                                       depends on its being heard
 
@@ -76,6 +100,13 @@ JANITOR = PREFIX + "janitor"
 API_KEYS = PREFIX + "keys"
 #: A channel, not a key.
 ENDED_CHANNEL = PREFIX + "ended"
+OUTBOX = PREFIX + "outbox"
+RECEIVERS = PREFIX + "receivers"
+STOPPED = PREFIX + "stopped"
+DEAD_LETTERS = PREFIX + "dead-letters"
+WEBHOOK_COUNTS = PREFIX + "webhook-counts"
+COURIERS = PREFIX + "couriers"
+COURIER_BELL = PREFIX + "courier-bell"
 STORES = PREFIX + "stores"
 RQ_QUEUES = RQ_PREFIX + "queues"
 RQ_WORKERS = RQ_PREFIX + "workers"
@@ -108,6 +139,10 @@ def attempts(job_id: str) -> str:
 
 def blob(name: str) -> str:
     return f"{PREFIX}blob:{name}"
+
+
+def preview(job_id: str) -> str:
+    return f"{PREFIX}preview:{job_id}"
 
 
 def owners(name: str) -> str:
@@ -154,12 +189,40 @@ def rate(key_id: str) -> str:
     return f"{PREFIX}rate:{key_id}"
 
 
+def spent(token: str) -> str:
+    return f"{PREFIX}spent:{token}"
+
+
 def quota(key_id: str, day: str) -> str:
     return f"{PREFIX}quota:{key_id}:{day}"
 
 
 def index(key_id: str) -> str:
     return f"{PREFIX}index:{key_id}"
+
+
+def delivery(delivery_id: str) -> str:
+    return f"{PREFIX}delivery:{delivery_id}"
+
+
+def due(receiver: str) -> str:
+    return f"{PREFIX}due:{receiver}"
+
+
+def sending(receiver: str) -> str:
+    return f"{PREFIX}sending:{receiver}"
+
+
+def breaker(receiver: str) -> str:
+    return f"{PREFIX}breaker:{receiver}"
+
+
+def webhook_secret(owner: str) -> str:
+    return f"{PREFIX}webhook-secret:{owner}"
+
+
+def courier(name: str) -> str:
+    return f"{PREFIX}courier:{name}"
 
 
 def rq_queue(name: str) -> str:

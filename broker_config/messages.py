@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 from broker_config.errors import InvalidOption, UnsupportedMessage
 from broker_config.keys import Priority
 from broker_config.latent_geometry import FACTS, LAYOUTS, LatentFacts, LatentLayout, LatentState, checked_facts
+from broker_config.webhooks import Webhook
 
 #: 2 added the layouts beyond the first four, `state`, and the facts of `LatentFacts`.
 SCHEMA_VERSION: Final = 2
@@ -153,7 +154,7 @@ class DecodeRequest:
     shift_factor: float | None = None
     #: Which normalisation the latents carry (`LatentState`); None: the layout's own.
     state: str | None = None
-    #: The next eleven: see `LatentFacts`.
+    #: The next twelve: see `LatentFacts`.
     patch_size: int | None = None
     layers: int | None = None
     additional_frames: int | None = None
@@ -162,6 +163,7 @@ class DecodeRequest:
     decode_timestep: float | None = None
     decode_noise_scale: float | None = None
     seed: int | None = None
+    noise_state: str | None = None
     vae_class: str | None = None
     vae_config: str | None = None
     vae_revision: str | None = None
@@ -171,8 +173,12 @@ class DecodeRequest:
     provenance: bool = True
     #: Whether the decode may be tiled, which is not exact, when memory is short.
     allow_tiling: bool = False
+    #: Catalogue name of the VAE that shows a preview first; None: no preview. A worker may leave it out.
+    preview: str | None = None
     #: The job whose latents these are, when decoded again.
     source_job_id: str | None = None
+    #: Who is told how the job goes; None: nobody.
+    webhook: Webhook | None = None
     #: What the job is for. Of an encode, `latents`, `shape` and `dtype` are those of the pixels: uint8, (B, H, W, 3) or
     #: (B, F, H, W, 3), or floats as `vae.encode` takes them, (B, 3, H, W) or (B, 3, F, H, W); `layout` and `state` are
     #: those of the latents to make, `seed` that of their sampling.
@@ -214,11 +220,12 @@ class DecodeRequest:
         scale = f"{self.scaling_factor}/{self.shift_factor}"
         mode = self.mode or "default"
         bucket = f"{self.vae}|{self.layout}|{shape}|{self.height}x{self.width}|{self.dtype}|{kind}|{scale}|{mode}"
-        facts = {name: value for name in FACTS if (value := getattr(self, name)) is not None}
+        # Noise is drawn for a job as a whole: two jobs of one seed have the same noise, a batch of two has not.
+        noise = ("decode_timestep", "seed", "noise_state")
+        alone = self.kind is Kind.ENCODE or any(getattr(self, name) is not None for name in noise)
+        facts = {name: value for name in FACTS if name not in noise and (value := getattr(self, name)) is not None}
         if self.state is not None or facts:
             bucket += f"|{self.state}|" + ",".join(f"{name}={value}" for name, value in facts.items())
-        # Noise is drawn for a job as a whole: two jobs of one seed have the same noise, a batch of two has not.
-        alone = self.decode_timestep is not None or self.kind is Kind.ENCODE
         return f"{bucket}|{self.job_id}" if alone else bucket
 
     @property
@@ -235,7 +242,7 @@ class DecodeRequest:
         wire: dict[str, Any] = {}
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if spec.name == "latents":
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
                 value = dataclasses.asdict(value)
             elif isinstance(value, tuple | Mapping):
                 value = list(value) if isinstance(value, tuple) else dict(value)
@@ -267,6 +274,8 @@ class DecodeRequest:
             if "mode" in wire:
                 wire["mode"] = Mode(wire["mode"])
             wire["kind"] = Kind(wire.get("kind", Kind.DECODE))
+            if wire.get("webhook") is not None:
+                wire["webhook"] = Webhook.from_wire(wire["webhook"])
             if wire.get("state") is not None:
                 LatentState(wire["state"])
             checked_facts(wire)

@@ -1,7 +1,7 @@
 """RQ 3.0's formats that latentq writes or reads itself: job hash, job data, results.
 
 RQ calls these undocumented, so they stand here and in `worker/rq_adapter.py` only, pinned to `rq>=3.0,<3.1`;
-`tests/contract/test_rq_contract.py` compares what we leave in the broker with what a stock worker leaves.
+`tests/contract/test_told_twice.py` compares what we leave in the broker with what a stock worker leaves.
 """
 
 from __future__ import annotations

@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Self
 
 import platformdirs
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from broker_config.errors import ConfigurationError
+from broker_config import settings_loading
 from broker_config.external_store import StoreUrl
+from broker_config.settings_loading import Names, Ports
+from broker_config.url_guard import DEFAULT_PORT_LIST, AllowedReceiver
 
 __all__ = ["Settings", "load_settings"]
 
 MIB = 1024 * 1024
+#: 128 bits in hexadecimal.
+_LEAST_KEY_CHARACTERS = 32
 _SECRETS = Path("/run/secrets")
 
 
@@ -107,7 +111,35 @@ class Settings(BaseSettings):
     s3_secret_access_key: SecretStr | None = Field(None, description="Secret of the access key.")
     s3_session_token: SecretStr | None = Field(None, description="Token of temporary credentials.")
 
-    timeout_min_s: float = Field(60.0, gt=0, description="Smallest default timeout of an attempt.")
+    spool_dir: Path | None = Field(
+        None,
+        description="Folder where a client writes submits down that the broker does not take, and hands them over when "
+        "it does. Unset: such a submit is an error.",
+    )
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/@\s?#]+/?$",
+        description="URL under which others reach the gateway: in the links of webhooks, and behind a proxy.",
+    )
+    link_key: SecretStr | None = Field(
+        None,
+        description="Key that signs the links of webhooks, the same for gateway and couriers; several, separated by "
+        "commas, during a rotation, the newest first. Webhooks need it.",
+    )
+    webhook_max_pending: int = Field(
+        100_000, gt=0, description="Webhooks of live jobs and deliveries on their way, together; as many dead letters."
+    )
+    webhook_dead_letter_s: float = Field(
+        604_800.0, gt=0, description="How long deliveries that were given up stay listed, and can be sent again."
+    )
+    webhook_ports: Ports = Field(DEFAULT_PORT_LIST, description="Ports that webhooks may go to; separated by commas.")
+    webhook_allow: Names = Field(
+        (),
+        description="Receivers inside that webhooks may go to, besides public addresses: [SCHEME://]HOST[:PORT], where "
+        "HOST is a name, *.NAME, an address or a network; separated by commas.",
+    )
+
+    timeout_min_s: float = Field(60.0, gt=0, description="Smallest timeout of an attempt, asked for or not.")
 
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
     log_format: str = Field(
@@ -133,6 +165,27 @@ class Settings(BaseSettings):
     def _blob_store_is_a_place(cls, url: str | None) -> str | None:
         return url if url is None else str(StoreUrl.parse(url))
 
+    @field_validator("webhook_allow")
+    @classmethod
+    def _webhook_allow_has_receivers(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in entries:
+            AllowedReceiver.parse(entry)
+        return entries
+
+    @field_validator("link_key")
+    @classmethod
+    def _link_keys_are_long(cls, key: SecretStr | None) -> SecretStr | None:
+        for part in [] if key is None else key.get_secret_value().split(","):
+            if len(part.strip()) < _LEAST_KEY_CHARACTERS:
+                raise ValueError(f"has fewer than {_LEAST_KEY_CHARACTERS} characters: take `openssl rand -hex 32`")
+        return key
+
+    @property
+    def link_keys(self) -> tuple[str, ...]:
+        """Keys that sign links, the newest first; all of them are accepted."""
+        joined = "" if self.link_key is None else self.link_key.get_secret_value()
+        return tuple(part.strip() for part in joined.split(",") if part)
+
     @property
     def broker_dir(self) -> Path:
         """Folder of the embedded broker's files."""
@@ -145,11 +198,4 @@ def load_settings(**overrides: object) -> Settings:
     Raises:
         ConfigurationError: a value is not allowed; the message names each variable.
     """
-    try:
-        return Settings(**{key: value for key, value in overrides.items() if value is not None or key[0] == "_"})  # type: ignore[arg-type]
-    except ValidationError as error:
-        wrong = "; ".join(
-            f"LATENTQ_{'_'.join(str(part) for part in item['loc']).upper() or '…'}: {item['msg']}"
-            for item in error.errors(include_input=False, include_url=False)
-        )
-        raise ConfigurationError(f"settings are not usable: {wrong}") from None
+    return settings_loading.load(Settings, "settings", overrides)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import uuid4
 
-from broker_config.blob_store import REDIS_STORE, RedisBlobStore, checked
+from broker_config.blob_store import REDIS_STORE, RedisBlobStore, checked, checked_span
 from broker_config.connection import Connections
 from broker_config.errors import BlobError, BlobMissing, BlobStoreUnavailable, BlobStoreUnknown, ConfigurationError
 from broker_config.external_index import ExternalIndex, Registration
-from broker_config.external_store import ExternalStore, StoreUrl, check_name
+from broker_config.external_store import ExternalStore, Span, StoreUrl, check_name
 from broker_config.file_store import FileStore
 from broker_config.messages import BlobRef
 from broker_config.settings import Settings
@@ -114,14 +114,25 @@ class TieredBlobStore:
         """
         if ref.store == REDIS_STORE:
             return self._broker.get(ref)
-        opened = self._open() if self._settings.blob_store is not None else None
-        if opened is None or opened.id != ref.store:
-            raise self._unknown(ref)
-        data = opened.store.read(check_name(ref.name))
-        if data is None:
-            _check_present(opened)
-            raise BlobMissing(f"blob {ref.name} is gone from {opened.store.url}: its retention ended")
-        return checked(ref, data)
+        return checked(ref, self._read_outside(ref))
+
+    def get_span(self, ref: BlobRef, span: Span) -> bytes:
+        """The bytes of `ref` in `span` alone, which are therefore not checked against its sha256. Errors as `get`."""
+        if ref.store == REDIS_STORE:
+            return self._broker.get_span(ref, span)
+        return checked_span(ref, self._read_outside(ref, span), span)
+
+    def link(self, ref: BlobRef, *, lifetime_s: float) -> str | None:
+        """A URL that hands out `ref` for so long, without the gateway; None: where it lies, nobody makes such.
+
+        Raises:
+            BlobStoreUnavailable: the external store does not answer.
+            BrokerUnreachable: the broker does not.
+        """
+        if ref.store == REDIS_STORE or self._settings.blob_store is None:
+            return None
+        opened = self._open()
+        return opened.store.link(ref.name, lifetime_s=lifetime_s) if opened.id == ref.store else None
 
     def verify(self) -> None:
         """Checks that this process uses the store that the broker knows, and none if it knows none.
@@ -153,6 +164,16 @@ class TieredBlobStore:
             self._opened = None
 
     # Inside ---------------------------------------------------------------------------------------------
+
+    def _read_outside(self, ref: BlobRef, span: Span | None = None) -> bytes:
+        opened = self._open() if self._settings.blob_store is not None else None
+        if opened is None or opened.id != ref.store:
+            raise self._unknown(ref)
+        data = opened.store.read(check_name(ref.name), span)
+        if data is None:
+            _check_present(opened)
+            raise BlobMissing(f"blob {ref.name} is gone from {opened.store.url}: its retention ended")
+        return data
 
     def _get_or_error(self, ref: BlobRef) -> bytes | BlobError:
         try:

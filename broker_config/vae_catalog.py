@@ -21,6 +21,21 @@ from broker_config.latent_geometry import LAYOUTS, FrameRule, LatentLayout, Late
 
 #: Names an error lists.
 _NEAR_NAMES: Final = 5
+#: Layouts whose VAE takes pictures, (batch, channels, h, w); the others' takes clips.
+_OF_IMAGE_VAES: Final = frozenset(
+    {
+        LatentLayout.UNPACKED,
+        LatentLayout.PACKED,
+        LatentLayout.VIDEO_2D,
+        LatentLayout.FRAMES_2D,
+        LatentLayout.CHANNELS_LAST_IMAGE,
+        LatentLayout.PATCHED,
+        LatentLayout.PACKED_PATCHED,
+        LatentLayout.PACKED_PATCHED_LAST,
+    }
+)
+#: States of latents that have no normalisation on them.
+_RAW: Final = frozenset({str(LatentState.DENORMALISED), str(LatentState.POSTERIOR)})
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 
@@ -52,19 +67,36 @@ class VaeEntry(BaseModel):
     frames: FrameRule = FrameRule.FIRST_ALONE
     patch_size: int = Field(default=2, gt=0, le=16)
     pixel_channels: int = Field(default=3, ge=3, le=4)
-    pixels: str = Field(default="signed", pattern="^(signed|imagenet)$")
+    pixels: str = Field(default="signed", pattern="^(signed|imagenet|cut)$")
     resizes: bool = False
     tiled: bool = False
+    preview: str | None = None
     config_digest: str | None = Field(default=None, pattern="^[0-9a-f]{16}$")
     fps: float = Field(default=16.0, gt=0, le=240)
     source: str = "the user's catalogue"
 
-    def layout(self, wanted: str | None, *, rank: int | None = None) -> LatentLayout:
+    @property
+    def draws_noise(self) -> bool:
+        """Whether it decodes from noise, whatever the job says (models/autoencoders/consistency_decoder_vae.py)."""
+        return self.vae_class == "ConsistencyDecoderVAE"
+
+    @property
+    def raw_layouts(self) -> tuple[LatentLayout, LatentLayout]:
+        """How the VAE itself takes latents, whatever its pipelines do; the second one with channels innermost."""
+        if set(self.layouts) <= _OF_IMAGE_VAES:
+            return LatentLayout.UNPACKED, LatentLayout.CHANNELS_LAST_IMAGE
+        return LatentLayout.VIDEO, LatentLayout.CHANNELS_LAST
+
+    def layout(self, wanted: str | None, *, rank: int | None = None, state: str | None = None) -> LatentLayout:
         """The layout named `wanted`; without a name, the one that fits latents of `rank` dimensions.
+
+        `state`: latents that carry no normalisation may also be as the VAE itself takes them.
 
         Raises:
             UnknownLayout: not a layout of this VAE.
         """
+        if state in _RAW and wanted in {str(item) for item in self.raw_layouts}:
+            return LatentLayout(str(wanted))
         if wanted is None:
             fitting = [item for item in self.layouts if rank is None or LAYOUTS[item].rank == rank]
             return fitting[0] if fitting else self.layouts[0]

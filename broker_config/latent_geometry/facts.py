@@ -32,7 +32,8 @@ class LatentFacts:
     layers: int | None = None
     #: Leading latent frames that are not decoded (CogVideoX 1.5 pads its clips with them).
     additional_frames: int | None = None
-    #: Frames (of `video_chunks`: latent frames) in one call of the VAE; None: as the layout's pipeline does.
+    #: Frames in one call of the VAE, of `video_chunks` and `video_sections` latent frames in each; None: as the
+    #: layout's pipeline does.
     frames_per_call: int | None = None
     #: The scheduler's `sigma_data` (Cosmos).
     sigma_data: float | None = None
@@ -40,8 +41,10 @@ class LatentFacts:
     decode_timestep: float | None = None
     #: Share of noise mixed in before; None: as `decode_timestep`.
     decode_noise_scale: float | None = None
-    #: Seed of the CPU generator that noise is drawn from.
+    #: Seed of the CPU generator that noise is drawn from, if it has drawn nothing yet.
     seed: int | None = None
+    #: State of that generator otherwise, as torch has it: deflated (half of it is zeros), in base64 for URLs.
+    noise_state: str | None = None
     #: Class of the pipeline's own VAE, which the worker's must have.
     vae_class: str | None = None
     #: Digest of its config (`vae_identity.config_digest`), likewise.
@@ -123,6 +126,7 @@ FACTS: Final[Mapping[str, Callable[[str, object], Any]]] = {
     "decode_timestep": _share,
     "decode_noise_scale": _share,
     "seed": _seed,
+    "noise_state": _matching(r"[\w-]{1000,8000}", "the state of a CPU generator, deflated, in base64"),
     "vae_class": _matching(r"[A-Za-z0-9]{1,100}", "the name of a class"),
     "vae_config": _matching(r"[0-9a-f]{16}", "16 hex digits"),
     "vae_revision": _matching(r"[\w.-]{1,100}", "a commit, branch or tag"),

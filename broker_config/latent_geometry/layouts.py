@@ -35,7 +35,7 @@ class LatentLayout(StrEnum):
     CHANNELS_LAST_IMAGE = "channels_last_image"
     #: (B, C, 1, h, w): a picture, from a video VAE (Anima).
     FRAME = "frame"
-    #: (B, C, h, w): a picture, from a video VAE (Cosmos 2 text to image).
+    #: (B, C, h, w): a picture, from a video VAE (Cosmos 2 text to image, JoyImage edit).
     UNPACKED_FRAME = "unpacked_frame"
     #: As `packed`, from a video VAE (Qwen-Image).
     PACKED_FRAME = "packed_frame"
@@ -51,7 +51,7 @@ class LatentLayout(StrEnum):
     PACKED_PATCHED_LAST = "packed_patched_last"
     #: (B, 2·C, f, h, w): pairs of frames as channels, of which the last frame is the picture (HunyuanImage refiner).
     FRAME_PAIRS = "frame_pairs"
-    #: (B, n, C, 1, h, w): pictures of which the last is the result (JoyImage edit).
+    #: (B, n, C, 1, h, w): pictures of which the last is the result (JoyImage edit, as a callback sees them).
     ITEMS = "items"
     #: (B, N, C, 1, p, p): patches of the result, then those of its references (JoyImage edit plus).
     ITEM_PATCHES = "item_patches"
@@ -59,6 +59,8 @@ class LatentLayout(StrEnum):
     VIDEO_REASONED = "video_reasoned"
     #: (B, C, f, h, w), decoded a few latent frames at a time, each part afresh (Helios).
     VIDEO_CHUNKS = "video_chunks"
+    #: (B, C, f, h, w), decoded in sections that overlap and are blended, the last first (HunyuanVideo Framepack).
+    VIDEO_SECTIONS = "video_sections"
 
 
 class LatentState(StrEnum):
@@ -90,6 +92,8 @@ class LatentState(StrEnum):
     BATCH_NORM_INVERSE = "batch_norm_inverse"
     #: None: the pipeline has undone it.
     DENORMALISED = "denormalised"
+    #: No latents yet but what they are drawn from: mean and log variance as 2·C channels. Of encodes only.
+    POSTERIOR = "posterior"
 
     @property
     def takes_factors(self) -> bool:
@@ -183,6 +187,9 @@ LAYOUTS: Final[Mapping[LatentLayout, LayoutForm]] = {
     ),
     LatentLayout.VIDEO_REASONED: LayoutForm(
         form="(batch, channels, frames, h, w)", is_video=True, state=LatentState.STANDARDISED_INVERSE
+    ),
+    LatentLayout.VIDEO_SECTIONS: LayoutForm(
+        form="(batch, channels, frames, h, w)", is_video=True, needs=("frames_per_call",)
     ),
     LatentLayout.VIDEO_CHUNKS: LayoutForm(
         form="(batch, channels, frames, h, w)",

@@ -237,6 +237,17 @@ def _video_chunks(shape: Sequence[int], vae: Compression, asked: Asked) -> Geome
     return dataclasses.replace(made, num_frames=num_frames)
 
 
+def _video_sections(shape: Sequence[int], vae: Compression, asked: Asked) -> Geometry:
+    latent_frames, each = shape[2], asked.need("frames_per_call", shape)
+    if latent_frames == 1 or (latent_frames - 1) % each:
+        raise InvalidSize(
+            f"frames_per_call is {each}, but {latent_frames} latent frames are no multiple of it and one: give the "
+            "last item of what the pipeline returned, and its latent_window_size",
+            field="frames_per_call",
+        )
+    return _video(shape, vae, asked)
+
+
 def _packed_video(shape: Sequence[int], vae: Compression, asked: Asked) -> Geometry:
     batch, length, channels = shape
     patch = asked.facts.patch_size or vae.patch_size
@@ -280,6 +291,7 @@ _RULES: Final[Mapping[LatentLayout, Callable[[Sequence[int], Compression, Asked]
     LatentLayout.ITEM_PATCHES: _item_patches,
     LatentLayout.VIDEO_REASONED: _video,
     LatentLayout.VIDEO_CHUNKS: _video_chunks,
+    LatentLayout.VIDEO_SECTIONS: _video_sections,
 }
 
 #: Latent frames of a clip, and the fewest a whole may have (autoencoder_kl_minimax_h3.py `_decode`: clip_length 17,
@@ -292,7 +304,9 @@ _USES: Final[Mapping[str, frozenset[LatentLayout]]] = {
     "patch_size": frozenset({LatentLayout.PACKED, LatentLayout.PACKED_FRAME, LatentLayout.PACKED_VIDEO}),
     "layers": frozenset({LatentLayout.LAYERS}),
     "additional_frames": frozenset({LatentLayout.VIDEO, LatentLayout.FRAMES_FIRST}),
-    "frames_per_call": frozenset({LatentLayout.VIDEO_2D, LatentLayout.FRAMES_2D, LatentLayout.VIDEO_CHUNKS}),
+    "frames_per_call": frozenset(
+        {LatentLayout.VIDEO_2D, LatentLayout.FRAMES_2D, LatentLayout.VIDEO_CHUNKS, LatentLayout.VIDEO_SECTIONS}
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The state machine of a job, in Lua: one file for each transition, `prelude.lua` shared by all.
+"""The state machine of a job, in Lua: one file for each transition, `prelude.lua` and `outbox.lua` shared by all.
 
 Every script is atomic, safe to send again, and flagged `allow-oom`: a full broker must not keep leases from being
 renewed or results from being stored; `submit` looks at the memory itself, so that its refusal says why. They build key
@@ -17,6 +17,6 @@ from broker_config import keys
 def source(name: str) -> str:
     """Text of a script as it is sent to the broker."""
     folder = resources.files(__package__)
-    prelude = (folder / "prelude.lua").read_text()
+    prelude = "".join((folder / f"{shared}.lua").read_text() for shared in ("prelude", "outbox"))
     prelude = prelude.replace("{{prefix}}", keys.PREFIX).replace("{{rq}}", keys.RQ_PREFIX)
     return f"#!lua flags=allow-oom\n{prelude}\n{(folder / f'{name}.lua').read_text()}"

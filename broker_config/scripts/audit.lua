@@ -3,9 +3,18 @@
 --   requeued  queued, but in no list             leased    processing, but without lease (it ends at once)
 --   canceled  canceled or deleted with RQ's tools while it waited
 --   mended    ended, but RQ's status says otherwise
+--   broken    a key of it is of another kind: left as it is, and does not stop the others
 local now, out = now_ms(), {}
-for i = 2, #ARGV do
-  local rec, id, what = record(ARGV[i]), ARGV[i], nil
+
+-- Whether a job is in its queue. The janitor asks of those that were not there when it last looked: they came at the
+-- tail since, or went back to the head.
+local function waits(rec, id)
+  local key = RQ .. 'queue:' .. rec.rq_queue
+  return call('LPOS', key, id, 'MAXLEN', 1000) or call('LPOS', key, id, 'RANK', -1)
+end
+
+local function look(id)
+  local rec, what = record(id), nil
   local status = call('HGET', RQ .. 'job:' .. id, 'status')
   local since = rec and (rec.state == 'queued' and rec.queued_ms or rec.ended_ms or rec.started_ms) or now
   if rec and now - tonumber(since) > tonumber(ARGV[1]) then
@@ -13,7 +22,7 @@ for i = 2, #ARGV do
       if not status or status == 'canceled' or status == 'stopped' then
         finish(rec, 'canceled', now)
         what = 'canceled'
-      elseif not call('LPOS', RQ .. 'queue:' .. rec.rq_queue, id) and not call('ZSCORE', P .. 'parked', id) then
+      elseif not waits(rec, id) and not call('ZSCORE', P .. 'parked', id) then
         requeue(rec, 'LPUSH', now, rec.execution or '')
         what = 'requeued'
       elseif status ~= 'queued' then
@@ -31,8 +40,14 @@ for i = 2, #ARGV do
       what = 'mended'
     end
   end
+  return what
+end
+
+for i = 2, #ARGV do
+  local fine, what = pcall(look, ARGV[i])
+  if not fine then what = 'broken' end
   if what then
-    out[#out + 1] = id
+    out[#out + 1] = ARGV[i]
     out[#out + 1] = what
   end
 end

@@ -25,6 +25,13 @@ local function answer(ids)
 end
 
 local last = call('HMGET', memo, 'token', 'ids', 'before')
+
+-- Also when nothing was claimed: a copy of this call that comes late must not claim what nobody would hear of.
+local function remember(ids)
+  call('HSET', memo, 'token', token, 'ids', cjson.encode(ids), 'before', last[1] or '')
+  call('EXPIRE', memo, 3600)
+end
+
 if last[1] == token then return answer(cjson.decode(last[2])) end
 if last[3] == token then return {} end
 if call('EXISTS', RQ .. 'suspended') == 1 then return {} end
@@ -43,7 +50,8 @@ end
 
 local function too_new(rec) return tonumber(rec.schema) > schema end
 
--- Whether a job ran out of memory here and another live worker may have more. With nobody else, it is tried here.
+-- Whether the last attempt failed here, for a reason of this worker, and another live one serves the VAE. With nobody
+-- else, it is tried here again.
 local function better_elsewhere(rec, vae)
   if rec.avoid ~= worker then return false end
   for _, other in ipairs(call('ZRANGEBYSCORE', P .. 'serving:' .. vae, int(now), '+inf')) do
@@ -52,9 +60,10 @@ local function better_elsewhere(rec, vae)
   return false
 end
 
--- The first id of a queue that may run, but for jobs that are better off elsewhere. Takes off what may not: ids whose job is not queued (a duplicate, a
--- job someone ended), jobs whose start deadline passed, jobs that need a newer worker, jobs that are not ours. Not
--- too many at once: nobody else is served meanwhile, and ending a job takes some thirty commands.
+-- The first id of a queue that may run, but for jobs that are better off elsewhere. Takes off what may not: ids whose
+-- job is not queued (a duplicate, a job someone ended), jobs whose start deadline passed, jobs that need a newer worker,
+-- jobs that are not ours. Not too many at once: nobody else is served meanwhile, and ending a job takes some thirty
+-- commands.
 local drops_left = 100
 local function head_of(queue, vae)
   local key, passed = RQ .. 'queue:' .. queue, 0
@@ -102,7 +111,10 @@ for i = 12, #ARGV, 2 do
     end
   end
 end
-if not best then return {} end
+if not best then
+  remember({})
+  return {}
+end
 
 local chosen, px = { best }, tonumber(best.px)
 -- A job that was on the device when a process died runs alone, so that it can kill nobody else's attempt.
@@ -144,8 +156,8 @@ for _, rec in ipairs(chosen) do
   call('ZADD', RQ .. 'executions:' .. id, '+inf', token)
   call('PEXPIRE', RQ .. 'executions:' .. id, int(lease_ms * 4))
   call('SADD', RQ .. 'worker:' .. worker .. ':executions', id .. ':' .. token)
+  announce(rec, 'processing', now)
 end
 call('PEXPIRE', RQ .. 'worker:' .. worker .. ':executions', int(lease_ms * 4))
-call('HSET', memo, 'token', token, 'ids', cjson.encode(ids), 'before', last[1] or '')
-call('EXPIRE', memo, 3600)
+remember(ids)
 return answer(ids)

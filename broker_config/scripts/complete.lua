@@ -8,11 +8,12 @@ local word = fence(rec, execution)
 if word == 'ended' and (rec.state == 'succeeded' or rec.outcome == 'succeeded') then return 'already' end
 if word ~= 'mine' then return 'lost' end
 local now = now_ms()
-for i = 6, #ARGV, 2 do store_inline(ARGV[i], ARGV[i + 1]) end
-local names = cjson.decode(ARGV[5])
-for _, name in ipairs(names) do
-  if not is_stored(name) then return 'artifact_missing' end
+local names, along = cjson.decode(ARGV[5]), {}
+for i = 6, #ARGV, 2 do along[ARGV[i]] = true end
+for _, name in ipairs(names) do -- before anything is stored: without an owner it would stay for ever
+  if not along[name] and not is_stored(name) then return 'artifact_missing' end
 end
+for i = 6, #ARGV, 2 do store_inline(ARGV[i], ARGV[i + 1]) end
 for _, name in ipairs(names) do own(name, id, int(now + tonumber(rec.retention_ms))) end
 revive(rec)
 finish(rec, 'succeeded', now, 'return_value', ARGV[4], ARGV[3])

@@ -1,5 +1,5 @@
 -- Records an error of this attempt. ARGV: id, execution, error (JSON), retryable, rq exc_string, max_errors,
--- elsewhere ('1': better tried by another worker, if one serves the VAE: this one has not the memory).
+-- elsewhere ('1': better tried by another worker, if one serves the VAE).
 -- Returns 'retrying' | 'failed' | 'canceled' (someone asked for that meanwhile) | 'already' | 'lost'.
 local id, execution = ARGV[1], ARGV[2]
 local rec = record(id)

@@ -4,6 +4,8 @@
 local P, RQ = '{{prefix}}', '{{rq}}'
 local TOTALS, LEASES, RETENTION = P .. 'totals', P .. 'leases', P .. 'retention'
 local DEADLINES = P .. 'deadlines'
+local OUTBOX, RECEIVERS = P .. 'outbox', P .. 'receivers'
+local announce, webhook_ended -- outbox.lua
 
 local function call(...) return redis.call(...) end
 
@@ -55,12 +57,18 @@ local function store_inline(name, bytes)
   if bytes ~= '' and not is_stored(name) then call('SET', P .. 'blob:' .. name, bytes) end
 end
 
--- Why a job is not accepted now: 'jobs' | 'latents' | 'memory'; nil: it is. `incoming`: bytes that accepting it will
+-- Why a job is not accepted now: 'jobs' | 'latents' | 'webhooks' | 'receiver' | 'memory'; nil: it is. `incoming`: bytes that accepting it will
 -- add to the broker at once.
 local function refusal(limits, latents_bytes, reserved_bytes, incoming)
-  local totals = call('HMGET', TOTALS, 'jobs', 'latents_bytes', 'reserved_bytes')
+  local totals = call('HMGET', TOTALS, 'jobs', 'latents_bytes', 'reserved_bytes', 'webhooks')
   if (tonumber(totals[1]) or 0) + 1 > limits.jobs then return 'jobs' end
   if (tonumber(totals[2]) or 0) + latents_bytes > limits.latents_bytes then return 'latents' end
+  -- Each job with a webhook that has not ended will have a delivery.
+  if limits.webhooks and (tonumber(totals[4]) or 0) + call('ZCARD', OUTBOX) + 1 > limits.webhooks then
+    return 'webhooks'
+  end
+  -- One receiver that is dead must not close the outbox to all the others.
+  if limits.webhooks and call('ZCARD', P .. 'due:' .. limits.receiver) >= limits.webhooks / 4 then return 'receiver' end
   local memory = call('INFO', 'memory')
   local cap = tonumber(string.match(memory, '\nmaxmemory:(%d+)')) or 0
   if cap == 0 then return nil end
@@ -192,6 +200,7 @@ local function finish(rec, state, now, rq_field, rq_value, result)
   call('PEXPIRE', RQ .. 'results:' .. id, int(retention))
 
   tally(rec, state, now, result)
+  webhook_ended(rec, state, now)
   -- Wakes those who wait for many jobs at a time. Lost rings are made up for by looking; a user of the broker who may
   -- not publish must still be able to end jobs.
   redis.pcall('PUBLISH', P .. 'ended', id)
@@ -255,4 +264,21 @@ local function revive(rec)
   call('HINCRBY', P .. 'job:' .. rec.id, 'crashes', -1)
   call('HDEL', P .. 'job:' .. rec.id, 'crashed_execution')
   call('RPOP', P .. 'attempts:' .. rec.id)
+end
+
+-- The ids that a gateway's key submitted today (UTC).
+local function quota_of(key)
+  return P .. 'quota:' .. key .. ':' .. int(math.floor(call('TIME')[1] / 86400))
+end
+
+-- Whether the day has room for the job. One that is there, or counted, needs none.
+local function may_enter(key, job, per_day)
+  if per_day == 0 or call('EXISTS', P .. 'job:' .. job) == 1 then return true end
+  return call('SISMEMBER', quota_of(key), job) == 1 or call('SCARD', quota_of(key)) < per_day
+end
+
+-- µs to the end of the day.
+local function until_tomorrow()
+  local time = call('TIME')
+  return (86400 - time[1] % 86400) * 1000000 - time[2]
 end

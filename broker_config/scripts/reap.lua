@@ -1,7 +1,8 @@
 -- Returns jobs whose lease ended. ARGV: janitor, run_id of the broker, lease_ms, quiet_ms, max_crashes,
 -- crash exc_string, limit. Nothing expires for one lease length after the broker restarted or after nobody
 -- reaped for `quiet_ms`: then the silence may have been ours, not the worker's.
--- Returns {'grace', ms left} | {'reaped', id, what, …} with what = requeued | crashed | failed | canceled.
+-- Returns {'grace', ms left} | {'reaped', id, what, …} with what = requeued | crashed | failed | canceled | broken
+-- (a key of it is of another kind: it is tried again after a lease, and does not stop the others).
 local janitor, run_id, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local quiet_ms, max_crashes, crash_exc = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local now, key = now_ms(), P .. 'reaper'
@@ -12,6 +13,26 @@ call('HSET', key, 'run_id', run_id, 'at_ms', int(now), 'grace_ms', int(grace), '
 call('EXPIRE', key, 3600)
 if now < grace then return { 'grace', int(grace - now) } end
 
+local function give_back(rec)
+  local id, what = rec.id, 'requeued'
+  if rec.stage == 'device' then
+    what = 'crashed'
+    local crashes = tonumber(rec.crashes) or 0
+    if rec.crashed_execution ~= rec.execution then -- else it was counted by a look that then came upon a broken key
+      call('RPUSH', P .. 'attempts:' .. id, cjson.encode({ code = 'worker_crashed', worker = rec.worker,
+        attempt = tonumber(rec.attempts), at_ms = now,
+        message = 'the worker fell silent while this job was on its device' }))
+      call('HSET', P .. 'job:' .. id, 'crashed_execution', rec.execution)
+      crashes = call('HINCRBY', P .. 'job:' .. id, 'crashes', 1)
+    end
+    if crashes >= max_crashes then
+      finish(rec, 'failed', now, 'exc_string', crash_exc)
+      return 'failed'
+    end
+  end
+  return requeue(rec, 'LPUSH', now, rec.execution) == 'canceled' and 'canceled' or what
+end
+
 local out = { 'reaped' }
 local due = call('ZRANGEBYSCORE', LEASES, '-inf', int(now), 'LIMIT', 0, tonumber(ARGV[7]))
 for i = #due, 1, -1 do -- the last one first: each goes before the others
@@ -20,20 +41,10 @@ for i = #due, 1, -1 do -- the last one first: each goes before the others
   if not rec or rec.state ~= 'processing' then
     call('ZREM', LEASES, id)
   else
-    local what = 'requeued'
-    if rec.stage == 'device' then
-      local crashes = call('HINCRBY', P .. 'job:' .. id, 'crashes', 1)
-      call('HSET', P .. 'job:' .. id, 'crashed_execution', rec.execution)
-      what = 'crashed'
-      call('RPUSH', P .. 'attempts:' .. id, cjson.encode({ code = 'worker_crashed', worker = rec.worker,
-        attempt = tonumber(rec.attempts), at_ms = now,
-        message = 'the worker fell silent while this job was on its device' }))
-      if crashes >= max_crashes then what = 'failed' end
-    end
-    if what == 'failed' then
-      finish(rec, 'failed', now, 'exc_string', crash_exc)
-    elseif requeue(rec, 'LPUSH', now, rec.execution) == 'canceled' then
-      what = 'canceled'
+    local fine, what = pcall(give_back, rec)
+    if not fine then
+      call('ZADD', LEASES, int(now + lease_ms), id)
+      what = 'broken'
     end
     out[#out + 1] = id
     out[#out + 1] = what

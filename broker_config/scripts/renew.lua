@@ -19,6 +19,10 @@ for i = 3, #ARGV, 5 do
     end
     if rec.cancel == '1' or call('HGET', RQ .. 'job:' .. id, 'status') == 'canceled' then word = 'cancel' end
     call('HSET', P .. 'job:' .. id, 'stage', stage, 'done', done, 'total', total)
+    if rec.webhook and done ~= '0' and done ~= rec.done and now - (tonumber(rec.told_ms) or 0) >= 500 then
+      call('HSET', P .. 'job:' .. id, 'told_ms', int(now))
+      announce(rec, 'progress', now, done, total)
+    end
     call('ZADD', LEASES, int(now + lease_ms), id)
     rq_set(id, 'last_heartbeat', utc(now))
     call('ZADD', RQ .. 'wip:' .. rec.rq_queue, '+inf', id .. ':' .. execution)

@@ -6,22 +6,21 @@ for i = 2, #ARGV do ids[#ids + 1] = ARGV[i] end
 local early = #ids > 0
 if not early then ids = call('ZRANGEBYSCORE', RETENTION, '-inf', int(now), 'LIMIT', 0, tonumber(ARGV[1])) end
 
-local function give_up(rec, blob)
-  own(blob.store == 'redis' and blob.name or blob.store .. '/' .. blob.name, rec.id, nil)
-end
-
 for _, id in ipairs(ids) do
   local rec = record(id)
   if rec and rec.state ~= 'queued' and rec.state ~= 'processing' then
     call('ZREM', RETENTION, id)
     if rec.state ~= 'expired' then
-      if rec.message then give_up(rec, cjson.decode(rec.message).latents) end
+      own(rec.blob, id, nil)
       if rec.result then
-        for _, artifact in ipairs(cjson.decode(rec.result).artifacts) do give_up(rec, artifact.blob) end
+        for _, artifact in ipairs(cjson.decode(rec.result).artifacts) do
+          local blob = artifact.blob
+          own(blob.store == 'redis' and blob.name or blob.store .. '/' .. blob.name, id, nil)
+        end
       end
       local job = P .. 'job:' .. id
       call('HSET', job, 'state', 'expired', 'outcome', rec.state)
-      call('HDEL', job, 'message', 'result', 'bucket', 'stage')
+      call('HDEL', job, 'message', 'result', 'bucket', 'stage', 'webhook')
       if early then
         call('PEXPIRE', job, rec.tombstone_ms)
         call('PEXPIRE', P .. 'attempts:' .. id, rec.tombstone_ms)

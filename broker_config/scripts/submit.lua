@@ -1,8 +1,9 @@
 -- Accepts a job, once. ARGV: id, payload_hash, limits (JSON), blob (see prelude, `outside`), the blob's bytes
---   ('': it was stored before), #record fields, record field/value …, RQ hash field/value …
--- Returns {'accepted'|'exists', state} | {'conflict'} | {'blob_missing'} | {'full', reason}
+--   ('': it was stored before), secrets of its webhook (JSON; '': none of its own), #record fields, record field/value …,
+--   RQ hash field/value …
+-- Returns {'accepted'|'exists', state} | {'conflict'} | {'blob_missing'} | {'secret_missing'} | {'full', reason}
 local id, hash, limits = ARGV[1], ARGV[2], cjson.decode(ARGV[3])
-local blob, bytes, fields = ARGV[4], ARGV[5], tonumber(ARGV[6])
+local blob, bytes, secrets, fields = ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])
 local job, rq_job = P .. 'job:' .. id, RQ .. 'job:' .. id
 
 local known = call('HMGET', job, 'hash', 'state')
@@ -13,8 +14,10 @@ if known[1] then
 end
 if call('EXISTS', rq_job) == 1 then return { 'conflict' } end
 
-local rec = {}
-for i = 7, 6 + fields, 2 do rec[ARGV[i]] = ARGV[i + 1] end
+local rec = { id = id }
+for i = 8, 7 + fields, 2 do rec[ARGV[i]] = ARGV[i + 1] end
+local hook = rec.webhook and cjson.decode(rec.webhook)
+if hook and secrets == '' and call('EXISTS', P .. 'webhook-secret:' .. hook.signer) == 0 then return { 'secret_missing' } end
 local reason = refusal(limits, tonumber(rec.latents_bytes), tonumber(rec.reserved_bytes), #bytes)
 if reason then
   -- What is refused must not fill a broker that is full; a caller who keeps trying finds the blob still there.
@@ -29,10 +32,10 @@ if not is_stored(blob) then return { 'blob_missing' } end
 
 local now = int(now_ms())
 local values = { 'state', 'queued', 'hash', hash, 'submitted_ms', now, 'queued_ms', now }
-for i = 7, 6 + fields do values[#values + 1] = ARGV[i] end
+for i = 8, 7 + fields do values[#values + 1] = ARGV[i] end
 call('HSET', job, unpack(values))
 local rq_values = {}
-for i = 7 + fields, #ARGV do rq_values[#rq_values + 1] = ARGV[i] end
+for i = 8 + fields, #ARGV do rq_values[#rq_values + 1] = ARGV[i] end
 call('HSET', rq_job, unpack(rq_values))
 call('SADD', RQ .. 'queues', RQ .. 'queue:' .. rec.rq_queue)
 call('RPUSH', RQ .. 'queue:' .. rec.rq_queue, id)
@@ -42,5 +45,16 @@ call('HINCRBY', TOTALS, 'jobs', 1)
 call('HINCRBY', TOTALS, 'latents_bytes', rec.latents_bytes)
 call('HINCRBY', TOTALS, 'reserved_bytes', rec.reserved_bytes)
 call('HINCRBY', TOTALS, 'px', rec.px)
+if hook then
+  call('HINCRBY', TOTALS, 'webhooks', 1)
+  if secrets ~= '' then
+    for number, secret in ipairs(cjson.decode(secrets)) do -- a TTL comes with the job's end (outbox.lua)
+      call('HSET', P .. 'webhook-secret:' .. hook.signer, number, secret)
+    end
+  else
+    call('PEXPIRE', P .. 'webhook-secret:' .. hook.signer, int(hook.secret_ms), 'GT')
+  end
+  announce(rec, 'queued', now_ms())
+end
 ring(rec.vae)
 return { 'accepted', 'queued' }
