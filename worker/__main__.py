@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Final
 
 from broker_config.connection import connect
 from broker_config.errors import LatentqError
@@ -16,6 +17,9 @@ from worker.decode_worker import DecodeWorker
 from worker.settings import load_worker_settings
 
 logger = logging.getLogger(__name__)
+
+#: Exit status when starting later may help (EX_TEMPFAIL of sysexits.h).
+EXIT_AWAY: Final = 75
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -30,7 +34,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a worker; returns its exit status: 0 stopped, 2 not startable, 70 broken."""
+    """Runs a worker; returns its exit status: 0 stopped, 2 not startable, 70 broken, 75 the broker is away."""
     arguments = _arguments(sys.argv[1:] if argv is None else argv)
     try:
         settings = load_settings()
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return worker.run()
     except LatentqError as error:
         print(f"latentq worker: {error.message} [{error.code}]", file=sys.stderr)
-        return 2
+        return EXIT_AWAY if error.retryable else 2
 
 
 if __name__ == "__main__":

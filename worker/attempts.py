@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from broker_config.blob_store import BlobStore
-from broker_config.errors import OutOfMemory
+from broker_config.errors import EncodeFailed, WorkerError
 from broker_config.job_store import Claim, JobStore, Outcome
 from broker_config.messages import BlobRef, DecodeResult
 from worker.leases import LeaseKeeper
@@ -37,6 +37,7 @@ class AttemptReporter:
 
         Raises:
             Abandoned: the worker gave up while the broker was away.
+            EncodeFailed: the broker drops what is stored.
         """
         for _ in range(_STORE_TRIES):
             result, inline = stored()
@@ -47,6 +48,11 @@ class AttemptReporter:
             outcome = self._patience.repeat(complete)
             if outcome is not Outcome.ARTIFACT_MISSING:
                 break
+        else:
+            raise EncodeFailed(
+                f"the broker lost the artifacts {_STORE_TRIES} times between two commands: check that its "
+                "maxmemory-policy is noeviction (`latentq doctor`)"
+            )
         self._leases.drop(claim)
         action = "job_completed" if outcome in (Outcome.COMPLETED, Outcome.ALREADY) else "job_not_ours"
         logger.info("job %s: %s", claim.job_id, outcome, extra={"action": action, "job_id": claim.job_id})
@@ -75,7 +81,7 @@ class AttemptReporter:
                 wire,
                 retryable=is_retryable(error),
                 traceback=failure.traceback,
-                elsewhere=isinstance(error, OutOfMemory),
+                elsewhere=isinstance(error, WorkerError),
             )
         )
         self._leases.drop(claim)

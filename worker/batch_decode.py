@@ -23,7 +23,7 @@ from worker.latent_layouts import Plan, scaling_of
 from worker.lowmem_decode import LowMemoryVae
 from worker.memory_ladder import How, Rung, tiled
 from worker.numerical_safety import finite_chunks, is_finite
-from worker.stages import ChunkStream, HostChunk, Timer, Work
+from worker.stages import ChunkStream, HostChunk, StreamClosed, Timer, Work
 from worker.vae_pool import LoadedVae
 
 #: Told of each job before its first chunk.
@@ -60,6 +60,7 @@ def plan_of(request: DecodeRequest, vae: LoadedVae, *, batch: int) -> Plan:
         frames=entry.frames,
         resizes=entry.resizes,
         imagenet=entry.pixels == "imagenet",
+        cut=entry.pixels == "cut",
     )
 
 
@@ -123,7 +124,7 @@ class BatchDecoder:
         """Decodes these jobs, which share a bucket, and hands on what they become.
 
         Raises:
-            StreamClosed: the encoder of a job gave up and has said so.
+            StreamClosed: the encoder of the only job gave up and has said so.
             Exception: whatever the VAE raises; the streams of all jobs are closed then.
         """
         self.waited_s = 0.0
@@ -133,6 +134,8 @@ class BatchDecoder:
         for work in works:
             mode = str(work.request.mode or self._default_mode)
             work.decoded_by = facts_of(vae, mode=mode, shared=len(works), how=how)
+            if work.preview is not None:
+                work.decoded_by["preview"] = work.preview
         run = self._encode if works[0].request.kind is Kind.ENCODE else self._run
         if how.rung is Rung.TILED:
             with tiled(vae.module):
@@ -176,11 +179,12 @@ class BatchDecoder:
         raw = works[0].request.output is Output.TENSOR
         with Timer() as timer:
             decoded = join_chunks(list(chunks), plan)
-            whole = decoded.cpu() if raw else to_pixels(decoded, unit=plan.imagenet).cpu()
+            whole = decoded.cpu() if raw else to_pixels(decoded, plan).cpu()
         start = 0
         for work in works:
             work.timings_s["decode"] = timer.s
-            self._give(work, [HostChunk(whole[start : start + work.request.batch])])
+            with contextlib.suppress(StreamClosed):  # its encoder gave up and has said so; the others go on
+                self._give(work, [HostChunk(whole[start : start + work.request.batch])])
             start += work.request.batch
 
     def _give(self, work: Work, chunks: Sequence[HostChunk]) -> None:
@@ -205,11 +209,7 @@ class BatchDecoder:
             while True:
                 with Timer() as timer:
                     chunk = next(chunks, None)
-                    host = (
-                        None
-                        if chunk is None
-                        else self._copier.start(to_pixels(clip_frames(chunk, plan), unit=plan.imagenet))
-                    )
+                    host = None if chunk is None else self._copier.start(to_pixels(clip_frames(chunk, plan), plan))
                 if host is None:
                     break
                 spent_s += timer.s

@@ -7,16 +7,18 @@ which is run on the device so that only uint8 crosses to the host.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import inspect
 import itertools
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
 
 from broker_config.errors import InvalidOption
-from broker_config.latent_geometry import LatentLayout, LatentState
+from broker_config.latent_geometry import LatentFacts, LatentLayout, LatentState
 from worker.frame_stream import can_stream, stream_frames
 from worker.latent_layouts import Plan, finish, to_vae_input
 from worker.latent_layouts.frames import unfold_frames
@@ -25,6 +27,8 @@ from worker.latent_layouts.frames import unfold_frames
 FRAMES_PER_CALL: Final = 16
 #: Layouts whose frames are folded into the batch.
 _FOLDED: Final = frozenset({LatentLayout.VIDEO_2D, LatentLayout.FRAMES_2D})
+#: VAEs that decode from noise, drawn from the generator they are given.
+_FROM_NOISE: Final = frozenset({"ConsistencyDecoderVAE"})
 #: Layouts of clips that the VAE decodes as a whole and that need nothing afterwards.
 _BY_FRAMES: Final = frozenset(
     {LatentLayout.VIDEO, LatentLayout.FRAMES_FIRST, LatentLayout.VIDEO_CHANNELS_LAST, LatentLayout.CHANNELS_LAST}
@@ -73,9 +77,10 @@ def decode_chunks(
                 yield finish(piece, plan)
             return
         call = _CALLS.get(plan.layout, _whole)
+        own = {"generator": noise_generator(plan.facts)} if type(vae).__name__ in _FROM_NOISE else {}
         for start in range(first * step, vae_input.shape[0], step):
             part = vae_input[start : start + step]
-            keywords = {} if timestep is None else {"temb": timestep[start : start + step]}
+            keywords = own if timestep is None else {"temb": timestep[start : start + step]}
             part_plan = dataclasses.replace(plan, batch=max(1, plan.batch * part.shape[0] // vae_input.shape[0]))
             yield finish(call(vae, part, part_plan, keywords), part_plan)
 
@@ -102,35 +107,54 @@ def step_of(count: int, plan: Plan, items_per_call: int | None) -> int:
 def mix_noise(vae_input: torch.Tensor, vae: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a VAE with timestep conditioning takes: latents with some noise, and the timestep of each.
 
-    The noise is the first thing drawn from a CPU generator of the job's seed, as for a pipeline that is given its
-    latents and `generator=torch.Generator("cpu").manual_seed(seed)`.
+    The noise is what the pipeline's generator would have drawn next.
 
     Source: pipelines/ltx/pipeline_ltx.py `LTXPipeline.__call__`; utils/torch_utils.py `randn_tensor`.
 
     Raises:
-        InvalidOption: `decode_timestep` or `seed` is missing; or they are given and mean nothing to this VAE.
+        InvalidOption: `decode_timestep`, or where noise starts, is missing; or they mean nothing to this VAE.
     """
     facts, wanted = plan.facts, bool(vae.config.get("timestep_conditioning", False))
     if not wanted:
         if facts.decode_timestep is not None and "timestep_conditioning" not in vae.config:
             raise InvalidOption("decode_timestep means nothing to this VAE: leave it out", field="decode_timestep")
         return vae_input, None
-    if plan.latent_state is LatentState.DENORMALISED:
-        raise InvalidOption(
-            "state is denormalised, but this VAE mixes noise into latents that are still normalised", field="state"
-        )
-    for name in ("decode_timestep", "seed"):
-        if getattr(facts, name) is None:
-            raise InvalidOption(f"{name} is missing, which this VAE decodes by", field=name)
-    assert facts.decode_timestep is not None
-    assert facts.seed is not None
-    scale = facts.decode_timestep if facts.decode_noise_scale is None else facts.decode_noise_scale
-    generator = torch.Generator("cpu").manual_seed(facts.seed)
-    noise = torch.randn(vae_input.shape, generator=generator, dtype=vae_input.dtype).to(vae_input.device)
     batch = vae_input.shape[0]
+    if plan.latent_state is LatentState.DENORMALISED:
+        if facts.decode_timestep is None or facts.decode_noise_scale != 0:
+            raise InvalidOption(
+                "state is denormalised, but this VAE mixes noise into latents that are still normalised: mix it in "
+                "first, and give decode_timestep with decode_noise_scale 0",
+                field="state",
+            )
+        return vae_input, torch.tensor([facts.decode_timestep] * batch, device=vae_input.device, dtype=vae_input.dtype)
+    if facts.decode_timestep is None:
+        raise InvalidOption("decode_timestep is missing, which this VAE decodes by", field="decode_timestep")
+    scale = facts.decode_timestep if facts.decode_noise_scale is None else facts.decode_noise_scale
+    generator = noise_generator(facts)
+    noise = torch.randn(vae_input.shape, generator=generator, dtype=vae_input.dtype).to(vae_input.device)
     timestep = torch.tensor([facts.decode_timestep] * batch, device=vae_input.device, dtype=vae_input.dtype)
     share = torch.tensor([scale] * batch, device=vae_input.device, dtype=vae_input.dtype)[:, None, None, None, None]
     return (1 - share) * vae_input + share * noise, timestep
+
+
+def noise_generator(facts: LatentFacts) -> torch.Generator:
+    """The CPU generator that noise is drawn from: of a seed, or as the pipeline left it.
+
+    Raises:
+        InvalidOption: neither is known, or the state is none.
+    """
+    generator = torch.Generator("cpu")
+    if facts.noise_state is not None:
+        try:
+            packed = base64.urlsafe_b64decode(facts.noise_state + "=" * (-len(facts.noise_state) % 4))
+            state = bytearray(zlib.decompressobj().decompress(packed, generator.get_state().numel()))
+            return generator.set_state(torch.frombuffer(state, dtype=torch.uint8))
+        except (ValueError, RuntimeError, zlib.error) as error:
+            raise InvalidOption(f"noise_state is no generator's: {error}", field="noise_state") from error
+    if facts.seed is None:
+        raise InvalidOption("seed is missing, which this VAE decodes by", field="seed")
+    return generator.manual_seed(facts.seed)
 
 
 def join_chunks(chunks: list[torch.Tensor], plan: Plan) -> torch.Tensor:
@@ -143,22 +167,23 @@ def join_chunks(chunks: list[torch.Tensor], plan: Plan) -> torch.Tensor:
     return unfold_frames(whole, num_frames=plan.num_frames) if plan.layout in _FOLDED else whole
 
 
-def to_pixels(decoded: torch.Tensor, *, unit: bool = False) -> torch.Tensor:
+def to_pixels(decoded: torch.Tensor, plan: Plan) -> torch.Tensor:
     """Decoded floats to uint8 pixels, on their device.
 
     Args:
-        decoded: (…, 3, H, W) in [-1, 1], any float dtype.
-        unit: whether they are in [0, 1] already.
+        decoded: (…, 3, H, W), any float dtype: in [0, 1] where `plan` says `imagenet`, else in [-1, 1].
+        plan: what they were decoded by.
 
     Returns:
         (…, H, W, 3) uint8: the values PIL images of the pipeline have.
 
     Source: image_processor.py `VaeImageProcessor.postprocess`, `denormalize` ((x·0.5 + 0.5) clamped to [0, 1], in
-    the VAE's dtype), `pt_to_numpy` (to float32), `numpy_to_pil` ((x·255) rounded half to even).
+    the VAE's dtype), `pt_to_numpy` (to float32), `numpy_to_pil` ((x·255) rounded half to even). Cut:
+    pipelines/cosmos/pipeline_cosmos_text2world.py `__call__`, whose guardrail gets `(video * 255).astype(np.uint8)`.
     """
     with torch.inference_mode():
-        values = decoded if unit else (decoded * 0.5 + 0.5).clamp(0, 1)
-        return values.float().mul(255).round().to(torch.uint8).movedim(-3, -1)
+        values = (decoded if plan.imagenet else (decoded * 0.5 + 0.5).clamp(0, 1)).float().mul(255)
+        return (values if plan.cut else values.round()).to(torch.uint8).movedim(-3, -1)
 
 
 def clip_frames(chunk: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -210,8 +235,33 @@ def _in_chunks(vae: Any, vae_input: torch.Tensor, plan: Plan, keywords: Mapping[
     return torch.cat(parts, dim=2)[:, :, : plan.num_frames]
 
 
+def _in_sections(vae: Any, vae_input: torch.Tensor, plan: Plan, keywords: Mapping[str, Any]) -> torch.Tensor:
+    """Sections from the last to the first; each but the last is decoded with the one behind it, and blended with it.
+
+    Source: pipelines/hunyuan_video/pipeline_hunyuan_video_framepack.py `HunyuanVideoFramepackPipeline.__call__`
+    (inverted_anti_drifting), `_soft_append`. The first latent frame is the picture's, and goes with the first section.
+    """
+    each = plan.facts.frames_per_call
+    assert each is not None, "checked at submit"
+    latent_frames = vae_input.shape[2]
+    overlap = (each - 1) * plan.temporal + 1
+    video: torch.Tensor | None = None
+    for start in (*range(latent_frames - each, 1, -each), 0):
+        known = vae_input[:, :, start:]
+        if video is None:
+            video = _whole(vae, known, plan, keywords)
+            continue
+        current = _whole(vae, known[:, :, : 2 * each + (start == 0)], plan, keywords)
+        weights = torch.linspace(1, 0, overlap, dtype=current.dtype, device=current.device).view(1, 1, -1, 1, 1)
+        blended = weights * current[:, :, -overlap:] + (1 - weights) * video[:, :, :overlap]
+        video = torch.cat([current[:, :, :-overlap], blended, video[:, :, overlap:]], dim=2)
+    assert video is not None
+    return video
+
+
 _CALLS: Final[Mapping[LatentLayout, Call]] = {
     LatentLayout.FRAMES_2D: _frames_2d,
     LatentLayout.VIDEO_REASONED: _reasoned,
     LatentLayout.VIDEO_CHUNKS: _in_chunks,
+    LatentLayout.VIDEO_SECTIONS: _in_sections,
 }

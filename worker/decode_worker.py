@@ -21,7 +21,7 @@ import torch
 
 from broker_config import keys
 from broker_config.connection import Connections, broker_errors
-from broker_config.errors import LatentqError, WeightsMismatch, WeightsMissing, WorkerError
+from broker_config.errors import LatentqError
 from broker_config.job_store import Claim, JobStore
 from broker_config.messages import Mode
 from broker_config.settings import Settings
@@ -32,11 +32,12 @@ from worker.batch_decode import BatchDecoder
 from worker.device_stage import DeviceStage
 from worker.fetch_stage import FetchStage
 from worker.finish_stage import FinishStage
-from worker.leases import LeaseKeeper
+from worker.leases import WAITING, LeaseKeeper
+from worker.preview import Previewer
 from worker.rq_adapter import RqPresence
 from worker.settings import WorkerSettings
 from worker.stages import Patience, Stopwatch
-from worker.vae_pool import VaePool, find_weights
+from worker.vae_pool import VaePool
 from worker.warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
@@ -85,8 +86,10 @@ class DecodeWorker:
         self._own = worker_settings
         self._catalog = catalog
         self._stop = threading.Event()
+        #: Set when a stage broke; `_device_broke` when it was the device's.
         self._broken = threading.Event()
-        self._patience = Patience()
+        self._device_broke = False
+        self._patience = Patience(on_waited=lambda seconds: self._leases.grant(seconds, stages=WAITING))
         self.stopwatch = Stopwatch()
         self.store = JobStore(connections, settings)
         self.pool = VaePool(catalog, device=device, dtype=worker_settings.dtype, max_bytes=worker_settings.pool_bytes)
@@ -137,6 +140,7 @@ class DecodeWorker:
             ),
             reporter=reporter,
             leases=self._leases,
+            previewer=Previewer(self.pool, self.store, served=lambda: self._own.vaes),
             evict_others=self.pool.evict_all_but,
             stopwatch=self.stopwatch,
         )
@@ -159,7 +163,6 @@ class DecodeWorker:
         with broker_errors(self._connections.url):
             self._presence.announce()
         self._patience.repeat(self._beat)
-        self._patience.repeat(self.store.unpark)
         self._leases.start()
         fetch = self._thread("fetch", self._fetch.run)
         device = self._thread("device", self._device.run)
@@ -184,34 +187,25 @@ class DecodeWorker:
         VAEs without usable weights here are not served.
         """
         warm_up = WarmUp(calibrate=self._own.mode is Mode.FAST and self._own.max_batch_px is None)
-        usable: list[str] = []
-        errors: list[WorkerError] = []
-        for name in self._own.vaes:
-            try:
-                find_weights(self._catalog[name])
-                if not self.pool.is_full:
-                    warm_up.run(self.pool.get(name))
-                usable.append(name)
-            except (WeightsMissing, WeightsMismatch) as error:
-                errors.append(error)
-                logger.error("VAE %s is not served: %s", name, error, extra={"action": "vae_not_served", "vae": name})
-        if not usable:
-            raise _why_none(errors)
-        self._own = self._own.model_copy(update={"vaes": tuple(usable)})
+        usable = warm_up.load(self._own.vaes, catalog=self._catalog, pool=self.pool)
+        self._own = self._own.model_copy(update={"vaes": usable})
         self._fetch.serve(self._own, budgets_px=warm_up.budgets_px)
 
     def _beat(self) -> None:
         ttl_s = self._settings.lease_s * 2
+        served = self._fetch.served()
+        resting = set(self._own.vaes) - set(served)
         with broker_errors(self._connections.url):
             self._presence.beat()
             self._presence.show(busy=bool(self._leases.held()))
         report = self.stopwatch.report() | {
-            "vaes": list(self._own.vaes),
+            "vaes": list(served),
             "device": str(self._torch_device),
             "pid": os.getpid(),
             "held": len(self._leases.held()),
         }
-        self.store.serve(self._own.name, self._own.vaes, ttl_s=ttl_s, report=report)
+        self.store.serve(self._own.name, served, ttl_s=ttl_s, report=report, resting=sorted(resting))
+        self.store.unpark()  # each time: an older worker of a mixed fleet may park again what this one knows
 
     def _hung(self, claim: Claim, stage: str) -> None:
         logger.critical(
@@ -220,8 +214,11 @@ class DecodeWorker:
             stage,
             extra={"action": "stage_hung", "job_id": claim.job_id},
         )
-        if stage in ("device", "finish"):
-            os._exit(EXIT_BROKEN)  # nothing can interrupt a kernel; RQ, Redis and the janitor see to the rest
+        self._fetch.stop()  # else it claims what goes back
+        try:  # a job on the device is marked for this only if it is the device that hangs
+            self._hand_back(self._leases.held(outside="device" if stage == "device" else ""))
+        finally:
+            os._exit(EXIT_BROKEN)  # nothing can interrupt a kernel or a read
 
     def _thread(self, name: str, body: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
@@ -229,6 +226,7 @@ class DecodeWorker:
                 body()
             except BaseException:
                 logger.critical("stage %s broke", name, exc_info=True, extra={"action": "stage_broke"})
+                self._device_broke |= name == "device"
                 self._broken.set()
 
         thread = threading.Thread(target=guarded, name=name, daemon=True)
@@ -242,11 +240,11 @@ class DecodeWorker:
         timer.start()
         self._fetch.stop()
         self._device.hand_back()
-        if not self._broken.is_set():
+        if not self._device_broke:  # a fetch stage that broke has told the device so
             fetch.join()
             device.join()
         self._finish.close()
-        left = self._leases.held()
+        left = self._to_hand_back()
         self._leases.stop()  # first: one more beat would say that we still serve
         try:
             self.store.release(left)
@@ -261,16 +259,16 @@ class DecodeWorker:
     def _grace_over(self) -> None:
         logger.error("grace period is over; what is left goes back", extra={"action": "grace_over"})
         self._patience.give_up()
-        try:
-            self.store.release(self._leases.held())
-        except LatentqError as error:
-            logger.warning("not handed back: %s", error, extra={"action": "release_failed"})
+        self._hand_back(self._to_hand_back())
         os._exit(EXIT_BROKEN)
 
+    def _to_hand_back(self) -> list[Claim]:
+        """What goes back when the process ends. What was on a device that broke is left to its lease, which counts a
+        crash: a job that breaks every device must not go from worker to worker for ever."""
+        return self._leases.held(outside="device" if self._device_broke else "")
 
-def _why_none(errors: Sequence[WorkerError]) -> WorkerError:
-    """One error for a worker that can serve none of its VAEs."""
-    if len(errors) == 1:
-        return errors[0]
-    kind = WeightsMismatch if any(isinstance(error, WeightsMismatch) for error in errors) else WeightsMissing
-    return kind("; ".join(error.message for error in errors) or "no VAE to serve: name one with --vae")
+    def _hand_back(self, claims: Sequence[Claim]) -> None:
+        try:
+            self.store.release(claims)
+        except LatentqError as error:
+            logger.warning("not handed back: %s", error, extra={"action": "release_failed"})

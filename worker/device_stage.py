@@ -27,7 +27,9 @@ from worker.memory_ladder import (
     items_that_fit,
     make_room,
     rungs,
+    synchronize,
 )
+from worker.preview import Previewer
 from worker.stages import Abandoned, Failure, Stopwatch, StreamClosed, Timer, Work, failure_of
 from worker.vae_pool import LoadedVae, can_tile
 
@@ -45,6 +47,7 @@ class DeviceStage:
         decoder: BatchDecoder,
         reporter: AttemptReporter,
         leases: LeaseKeeper,
+        previewer: Previewer,
         evict_others: Callable[[str], int],
         stopwatch: Stopwatch,
     ) -> None:
@@ -54,6 +57,7 @@ class DeviceStage:
         decoder: runs one decode.
         reporter: where failed attempts are told.
         leases: told which jobs are on the device.
+        previewer: shows previews of jobs that ask for them.
         evict_others: drops every loaded VAE but the named one.
         stopwatch: adds up busy and idle time.
         """
@@ -62,6 +66,7 @@ class DeviceStage:
         self._decoder = decoder
         self._reporter = reporter
         self._leases = leases
+        self._previewer = previewer
         self._evict_others = evict_others
         self._stopwatch = stopwatch
         self._released = False
@@ -100,7 +105,13 @@ class DeviceStage:
             self._leases.enter(claims, "device", limit_s=sum(work.request.timeout_s for work in works))
             with Timer() as told:
                 self._leases.tell(claims)
+                works = [work for work in works if not self._reporter.skip(work.claim)]  # the answer may say so
             self._waited_s += told.s
+            if not works:
+                return
+            for work in works:
+                if work.preview is None:  # halves of a batch come by again
+                    self._previewer.show(work)
             if len(works) > 1 and self._together(vae, works):
                 return
             for work in works:
@@ -135,12 +146,18 @@ class DeviceStage:
             pixels_per_item=request.pixels // request.batch,
             free=free_bytes(vae.device),
         )
-        ways = list(
-            rungs(
-                items=request.batch,
-                first=fits,
-                low_memory=lowmem_decode.supports(vae.module) is None and request.kind is Kind.DECODE,
-                tiling_allowed=request.allow_tiling and can_tile(vae.module),
+        plain = How(rung=Rung.PLAIN, items_per_call=request.batch)
+        # A VAE that draws noise for a batch draws other noise for its parts.
+        ways = (
+            [plain]
+            if vae.entry.draws_noise
+            else list(
+                rungs(
+                    items=request.batch,
+                    first=fits,
+                    low_memory=lowmem_decode.supports(vae.module) is None and request.kind is Kind.DECODE,
+                    tiling_allowed=request.allow_tiling and can_tile(vae.module),
+                )
             )
         )
         ways.insert(0, ways[0])  # the first way once more, after room was made
@@ -166,13 +183,22 @@ class DeviceStage:
             with vae.lock, Meter(vae.device) as meter:
                 self._decoder.decode(vae, works, how)
             self._waited_s += self._decoder.waited_s
+            failure = None
         except Abandoned:
             raise
         except StreamClosed:
             return None  # the encoder failed and has said so
         except Exception as error:
             logger.debug("decode failed", exc_info=error, extra={"action": "decode_failed"})
-            return failure_of(error)
+            failure = failure_of(error)
+        if failure is not None:
+            # After some faults every call on a device raises. Then this raises as well, and the process ends: the next
+            # one has a sound device, and here every job that is claimed would fail.
+            synchronize(vae.device)
+            return failure
+        self._leases.enter(
+            [work.claim for work in works], "encode", limit_s=sum(work.request.timeout_s for work in works)
+        )
         if how.rung not in (Rung.PLAIN, Rung.SPLIT):
             return None  # the other rungs take less, and would make the plain one look small
         pixels = works[0].request.pixels // works[0].request.batch * how.items_per_call

@@ -26,14 +26,16 @@ def encode_pixels(
     Args:
         vae: a diffusers autoencoder.
         pixels: uint8, (B, H, W, 3) or (B, F, H, W, 3), or floats that `vae.encode` takes, (B, 3, H, W) or
-            (B, 3, F, H, W); on any device.
+            (B, 3, F, H, W), or for state `posterior` these with channels last, and with the strides of that; on any
+            device.
         plan: layout and state of the latents to make.
         seed: of the CPU generator that the posterior is sampled with; None: its mean.
         items_per_call: pictures in one call of the VAE; None: all. Clips of uint8 are encoded one by one, as
             pipelines do; floats are what a caller would give to one `vae.encode`.
 
     Returns:
-        Latents in the VAE's dtype, laid out as `plan.layout`.
+        Latents in the VAE's dtype, laid out as `plan.layout`; in state `posterior` what they are drawn from, with
+        the channels that the VAE makes of it.
 
     Raises:
         InvalidOption: a state or a layout that no pipeline encodes to.
@@ -43,9 +45,11 @@ def encode_pixels(
     with torch.inference_mode():
         pixels = pixels.to(vae.device)
         is_bytes = pixels.dtype == torch.uint8
-        values = (to_vae_values(pixels) if is_bytes else pixels).to(vae.dtype)
+        values = (to_vae_values(pixels) if is_bytes else _channels_first(pixels)).to(vae.dtype)
         step = 1 if plan.is_video and is_bytes else max(1, min(plan.batch, items_per_call or plan.batch))
         generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+        if plan.latent_state is LatentState.POSTERIOR:
+            return torch.cat([_parameters_of(vae.encode(part)) for part in torch.split(values, step)])
         parts = [_latents_of(vae.encode(part), generator) for part in torch.split(values, step)]
         latents = normalise(torch.cat(parts), plan.scaling, plan.latent_state)
         return _LAYOUTS[plan.layout](latents)
@@ -53,9 +57,18 @@ def encode_pixels(
 
 def _check_size(pixels: torch.Tensor, plan: Plan) -> None:
     sizes = (plan.num_frames, plan.height, plan.width) if plan.is_video else (plan.height, plan.width)
-    right = (plan.batch, *sizes, 3) if pixels.dtype == torch.uint8 else (plan.batch, 3, *sizes)
-    if tuple(pixels.shape) != right:
-        raise InvalidSize(f"pictures are {list(pixels.shape)}, the job says {list(right)}", field="pictures")
+    last, first = (plan.batch, *sizes, 3), (plan.batch, 3, *sizes)
+    if pixels.dtype == torch.uint8:
+        right = [last]
+    else:
+        right = [first, last] if plan.latent_state is LatentState.POSTERIOR else [first]
+    if tuple(pixels.shape) not in right:
+        raise InvalidSize(f"pictures are {list(pixels.shape)}, the job says {list(right[0])}", field="pictures")
+
+
+def _channels_first(values: torch.Tensor) -> torch.Tensor:
+    """B, …, 3 → B, 3, …, a view; what has its channels first stays. No side of a picture is 3 pixels long."""
+    return values.movedim(-1, 1) if values.shape[-1] == 3 != values.shape[1] else values
 
 
 def to_vae_values(pixels: torch.Tensor) -> torch.Tensor:
@@ -146,3 +159,12 @@ def _latents_of(encoded: Any, generator: torch.Generator | None) -> torch.Tensor
         return made
     drawn: torch.Tensor = posterior.mode() if generator is None else posterior.sample(generator)
     return drawn
+
+
+def _parameters_of(encoded: Any) -> torch.Tensor:
+    """What the posterior is made of, mean and log variance; of a VAE without one (TAESD, DC-AE) what it made."""
+    posterior = getattr(encoded, "latent_dist", None)
+    if posterior is None:
+        return _latents_of(encoded, None)
+    parameters: torch.Tensor = posterior.parameters
+    return parameters

@@ -5,18 +5,27 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Final
 from uuid import uuid4
 
 from broker_config.blob_store import BlobStore
-from broker_config.errors import BlobError, BlobStoreUnknown, BrokerError, UnsupportedMessage
+from broker_config.errors import (
+    BlobError,
+    BlobStoreUnknown,
+    BrokerError,
+    LatentqError,
+    OutOfMemory,
+    UnsupportedMessage,
+)
 from broker_config.job_store import Claim, JobStore
 from broker_config.messages import DecodeRequest
 from worker import handlers
 from worker.attempts import AttemptReporter
 from worker.latent_io import read_latents
 from worker.leases import LeaseKeeper
+from worker.memory_ladder import make_room, synchronize
 from worker.settings import WorkerSettings
 from worker.stages import Abandoned, Patience, Timer, Work, failure_of
 from worker.vae_pool import LoadedVae, VaePool
@@ -28,6 +37,9 @@ logger = logging.getLogger(__name__)
 _OUTAGE_PAUSE_S: Final = 1.0
 #: Reading latents and loading a VAE, the first time from a slow disk or the hub.
 _FETCH_LIMIT_S: Final = 900.0
+#: A VAE that could not be loaded is not served for so long; twice as long each time.
+_REST_FIRST_S: Final = 15.0
+_REST_LONGEST_S: Final = 600.0
 
 Batch = tuple[LoadedVae, list[Work]]
 
@@ -54,6 +66,8 @@ class FetchStage:
         self._reporter = reporter
         self._patience = patience
         self._max_px: dict[str, int] = {}
+        #: VAEs that could not be loaded: until when (`time.monotonic()`) they rest, and for how long this time.
+        self._resting: dict[str, tuple[float, float]] = {}
         self._stopping = threading.Event()
         self._paused_claims = threading.Semaphore(1)
         #: Batches ready for the device; at most one waits.
@@ -64,6 +78,11 @@ class FetchStage:
         self._settings = settings
         for vae in settings.vaes:
             self._max_px[vae] = settings.max_batch_px or budgets_px.get(vae, USUAL_BUDGET_PX)
+
+    def served(self) -> tuple[str, ...]:
+        """VAEs whose jobs are claimed now: without those that could not be loaded a moment ago."""
+        now = time.monotonic()
+        return tuple(vae for vae in self._settings.vaes if self._resting.get(vae, (0.0, 0.0))[0] <= now)
 
     def stop(self) -> None:
         """Claims nothing more. Safe from a signal handler."""
@@ -106,14 +125,17 @@ class FetchStage:
         assert settings.mode is not None
         mode = settings.mode
         while not self._stopping.is_set():
-            token = uuid4().hex
+            token, vaes = uuid4().hex, self.served()
+            if not vaes:
+                self._stopping.wait(_OUTAGE_PAUSE_S)
+                continue
 
-            def claim(token: str = token) -> list[Claim]:
+            def claim(token: str = token, vaes: tuple[str, ...] = vaes) -> list[Claim]:
                 self._leases.catch_up()
                 return self._store.claim(
                     token=token,
                     worker=settings.name,
-                    vaes=settings.vaes,
+                    vaes=vaes,
                     default_mode=mode,
                     max_jobs=settings.max_batch_jobs,
                     max_px=self._max_px,
@@ -124,7 +146,7 @@ class FetchStage:
                 if claims:
                     self._leases.hold(claims, limit_s=_FETCH_LIMIT_S)
                     return claims
-                self._store.wait_for_work(settings.vaes)
+                self._store.wait_for_work(vaes)
             except BrokerError as error:
                 logger.warning("waiting for work failed: %s", error, extra={"action": "broker_away"})
                 self._stopping.wait(_OUTAGE_PAUSE_S)
@@ -137,19 +159,54 @@ class FetchStage:
         works = self._read(claims)
         if not works:
             return None
+        claims = [work.claim for work in works]
+        with Timer() as timer:
+            vae = self._loaded(works[0].request.vae)
+        if vae is None:
+            self._reporter.release(claims)  # unmarked: it is not the jobs' fault, and another worker may have it
+            return None
         try:
-            with Timer() as timer:
-                vae = self._pool.get(works[0].request.vae)
+            for work in works:
+                work.timings_s["load"] = timer.s
+                if vae.device.type == "cuda":
+                    work.latents = work.latents.pin_memory()
         except Exception as error:
             failure = failure_of(error)
-            for work in works:
-                self._reporter.fail(work.claim, failure, stage="fetch")
+            synchronize(vae.device)  # raises where the device is lost: the process ends, and the jobs go back
+            for claim in claims:
+                self._reporter.fail(claim, failure, stage="fetch")
             return None
-        for work in works:
-            work.timings_s["load"] = timer.s
-            if vae.device.type == "cuda":
-                work.latents = work.latents.pin_memory()
+        self._leases.enter(claims, "ready")
         return vae, works
+
+    def _loaded(self, name: str) -> LoadedVae | None:
+        """The VAE; None if it cannot be loaded now: then it rests, and the worker says that it does not serve it."""
+        found = self._try_load(name)
+        if isinstance(found, OutOfMemory) and make_room(
+            self._pool.device, evict=lambda: self._pool.evict_all_but(name)
+        ):
+            found = self._try_load(name)  # once more, now that the others made room
+        if isinstance(found, LoadedVae):
+            self._resting.pop(name, None)
+            return found
+        synchronize(self._pool.device)  # raises where the device is lost: only another process can load anything
+        rest_s = min(_REST_LONGEST_S, 2 * self._resting.get(name, (0.0, _REST_FIRST_S / 2))[1])
+        self._resting[name] = (time.monotonic() + rest_s, rest_s)
+        logger.error(
+            "VAE %s cannot be loaded, its jobs go back for %.0f s: %s",
+            name,
+            rest_s,
+            found,
+            extra={"action": "vae_rests", "vae": name},
+        )
+        return None
+
+    def _try_load(self, name: str) -> LoadedVae | LatentqError:
+        """The VAE, or what went wrong, without the frames that hold the part of it that was loaded."""
+        try:
+            return self._pool.get(name)
+        except Exception as error:
+            return failure_of(error).error
 
     def _read(self, claims: Sequence[Claim]) -> list[Work]:
         """Works of these claims, their latents read in one round trip; a job whose latents are unusable ends here."""

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import logging
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
@@ -37,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 #: Jobs that are completed at a time; encoding itself runs in the encode pool.
 _FINISHERS: Final = 2
+#: Storing and completing. A bucket that swallows what it is sent is given up after three minutes, then tried again.
+_STORE_LIMIT_S: Final = 900.0
+#: How often the device looks whether it is still to wait for room.
+_ROOM_S: Final = 0.5
 #: Artifacts that come along with one job's success, together: a script holds the broker while it takes them in.
 _INLINE_BYTES: Final = 4 << 20
 
@@ -52,14 +57,16 @@ class FinishStage:
         self._patience = patience
         self._finishers = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="finish")
         self._encoders = ThreadPoolExecutor(encode_threads, thread_name_prefix="encode")
+        self._encode_threads = encode_threads
         #: Jobs that are decoded but not completed; the device waits when it is used up.
         self._room = threading.Semaphore(_FINISHERS + 2)
 
     def accept(self, work: Work, stream: ChunkStream) -> None:
         """Takes a job over, whose chunks are about to come. Waits while encoding is behind."""
-        while not self._room.acquire(timeout=0.5):
+        while not self._room.acquire(timeout=_ROOM_S):
             if self._patience.is_given_up:
                 raise Abandoned
+            self._leases.grant(_ROOM_S, stages=("device",))  # those before it have deadlines of their own
         self._finishers.submit(self._run, work, stream)
 
     def close(self) -> None:
@@ -93,7 +100,7 @@ class FinishStage:
     def _finish(self, work: Work, stream: ChunkStream) -> None:
         with Timer() as encoding:
             encoded = self._encode(work, stream)
-        self._leases.enter([work.claim], "finish", limit_s=work.request.timeout_s)
+        self._leases.enter([work.claim], "finish", limit_s=max(_STORE_LIMIT_S, work.request.timeout_s))
         if self._reporter.skip(work.claim):
             return
         work.timings_s["encode"] = encoding.s
@@ -130,9 +137,13 @@ class FinishStage:
             return list(self._encode_clips(work, stream, provenance))
         if output is Output.UINT8:
             return _stack_frames(work, stream)
-        futures: list[Future[Encoded]] = []
+        # Few frames wait for the encoders: the bound of the stream is worth nothing if they pile up here.
+        ahead: deque[Future[Encoded]] = deque()
+        encoded: list[Encoded] = []
         for frame in _frames(stream):
-            futures.append(
+            if len(ahead) == 2 * self._encode_threads:
+                encoded.append(ahead.popleft().result())
+            ahead.append(
                 self._encoders.submit(
                     encode_image,
                     frame,
@@ -141,7 +152,7 @@ class FinishStage:
                     provenance=provenance,
                 )
             )
-        return [future.result() for future in futures]
+        return [*encoded, *(future.result() for future in ahead)]
 
     def _encode_clips(
         self, work: Work, stream: ChunkStream, provenance: Mapping[str, object] | None

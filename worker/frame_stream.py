@@ -2,7 +2,7 @@
 
 diffusers' own `decode` keeps every frame, and some append each group to all before it, so their memory grows with the
 clip and their copies with the square of it. The steps here are the same, in the same order and on the same state; so
-are the bits.
+are the bits. Why the other video VAEs are not here: docs/decode-speed.md.
 """
 
 from __future__ import annotations

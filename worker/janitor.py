@@ -20,11 +20,12 @@ from typing import Final
 
 from broker_config import keys
 from broker_config.connection import broker_errors, connect
-from broker_config.errors import BrokerError, LatentqError
+from broker_config.errors import BrokerError, BrokerRefusesWrites, BrokerUnreachable, LatentqError
 from broker_config.job_store import JobStore
 from broker_config.logs import configure_logging
 from broker_config.settings import Settings, load_settings
 from broker_config.tiered_blob_store import TieredBlobStore
+from broker_config.webhook_outbox import WebhookOutbox
 from worker.blob_sweeper import BlobSweeper
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,14 @@ _SETTLE_S: Final = 5.0
 class Janitor:
     """One janitor process."""
 
-    def __init__(self, store: JobStore, *, name: str) -> None:
+    def __init__(self, store: JobStore, *, name: str, outbox: WebhookOutbox | None = None) -> None:
+        """Args:
+        store: the jobs.
+        name: unique.
+        outbox: the deliveries of webhooks; None: another one looks after them.
+        """
         self._store = store
+        self._outbox = outbox
         self._name = name
         self._stop = threading.Event()
         self._cursor = 0
@@ -72,7 +79,21 @@ class Janitor:
             logger.warning("left without a word: %s", error, extra={"action": "leave_failed"})
 
     def tick(self) -> None:
-        """One round: leases, start deadlines, retention, a part of the audit."""
+        """One round: leases, start deadlines, retention, webhooks whose time is over, a part of the audit. A part that
+        fails does not stop the others.
+
+        Raises:
+            BrokerUnreachable, BrokerRefusesWrites: the broker is away.
+        """
+        for step in (self._reap, self._end_overdue, self._store.retire, self._bury, self._audit):
+            try:
+                step()
+            except (BrokerUnreachable, BrokerRefusesWrites):
+                raise
+            except Exception:
+                logger.error("a step of the janitor failed", exc_info=True, extra={"action": "janitor_step_failed"})
+
+    def _reap(self) -> None:
         reaped = self._store.reap(self._name, quiet_s=_QUIET_S)
         for job_id, what in reaped.jobs.items():
             logger.warning(
@@ -81,12 +102,18 @@ class Janitor:
                 what,
                 extra={"action": "lease_ended", "job_id": job_id, "what": what},
             )
+
+    def _end_overdue(self) -> None:
         for job_id in self._store.overdue():
             logger.warning(
                 "job %s was not started in time", job_id, extra={"action": "start_deadline_passed", "job_id": job_id}
             )
-        self._store.retire()
-        self._audit()
+
+    def _bury(self) -> None:
+        for delivery in self._outbox.bury() if self._outbox is not None else ():
+            logger.warning(
+                "%s was not delivered in time", delivery, extra={"action": "delivery_given_up", "delivery": delivery}
+            )
 
     def _audit(self) -> None:
         if self._cursor == 0:
@@ -106,7 +133,7 @@ class Janitor:
             for queue in queues:
                 start = 0
                 while part := connections.commands.lrange(queue, start, start + 9999):
-                    ids.update(item.decode() for item in part if isinstance(item, bytes))
+                    ids.update(item.decode(errors="replace") for item in part if isinstance(item, bytes))
                     start += len(part)
         return ids
 
@@ -123,7 +150,8 @@ def run_janitor(settings: Settings) -> None:
     """
     name = _own_name()
     connections = connect(settings, name=f"latentq-janitor-{name}")
-    janitor = Janitor(JobStore(connections, settings), name=name)
+    outbox = WebhookOutbox(connections, settings)
+    janitor = Janitor(JobStore(connections, settings), name=name, outbox=outbox)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: janitor.stop())
     stop = threading.Event()

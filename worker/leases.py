@@ -4,15 +4,18 @@ DESIGN. A lease is renewed while its job is inside the deadline of its stage, so
 hang loses it. Renewal runs in a thread of its own: it must go on while the device computes. When the broker does
 not answer, renewal is tried again every second; a job whose lease ended meanwhile is taken up again if nobody
 else claimed it (`adopted`), and marked lost otherwise. A job past its stage deadline is no longer renewed and
-`on_hang` is told once: only the end of the process frees a device that hangs.
+`on_hang` is told once: only the end of the process frees a device that hangs. Time in which the broker, or the store
+of large blobs, is away does not count, nor does time in which the device waits for encoders: nobody hangs who waits.
+Such times may overlap and then count twice, so a stage never has more time left than it had when it began.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +26,13 @@ logger = logging.getLogger(__name__)
 
 #: Pause between tries while the broker does not answer.
 _OUTAGE_RETRY_S: Final = 1.0
+#: An answer that takes longer than this counts as an outage.
+_SLOW_ANSWER_S: Final = 5.0
+#: Stages in the order a job goes through them: claimed (its latents are read), ready (it waits for the device), device,
+#: encode (decoded, on its way to an artifact), finish (stored and completed). `ready` has no deadline.
+STAGES: Final = ("claimed", "ready", "device", "encode", "finish")
+#: Those in which a job may wait for the broker or a store.
+WAITING: Final = tuple(stage for stage in STAGES if stage != "device")
 
 
 @dataclass(slots=True)
@@ -31,7 +41,8 @@ class Held:
 
     claim: Claim
     stage: str
-    #: `time.monotonic()` after which the stage counts as hung.
+    #: Time the stage may take, and `time.monotonic()` after which it counts as hung.
+    limit_s: float
     deadline: float
     done: int = 0
     total: int = 0
@@ -40,6 +51,12 @@ class Held:
     #: Another attempt has it, or it ended.
     lost: bool = False
     hung: bool = False
+    #: The stage that the broker knows of.
+    told: str = ""
+
+    def excuse(self, seconds: float, *, now: float) -> None:
+        """The stage waited so long for others until `now`."""
+        self.deadline = min(self.deadline + seconds, now + self.limit_s)
 
 
 class LeaseKeeper:
@@ -71,6 +88,8 @@ class LeaseKeeper:
         self._stop = threading.Event()
         #: Set while the last renewal did not reach the broker.
         self._behind = threading.Event()
+        #: `time.monotonic()` of the last renewal that reached the broker.
+        self._heard = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
 
     def start(self) -> None:
@@ -87,21 +106,40 @@ class LeaseKeeper:
         deadline = time.monotonic() + limit_s
         with self._lock:
             for claim in claims:
-                self._held[claim.job_id] = Held(claim=claim, stage="claimed", deadline=deadline)
+                self._held[claim.job_id] = Held(claim=claim, stage="claimed", limit_s=limit_s, deadline=deadline)
 
-    def enter(self, claims: Iterable[Claim], stage: str, *, limit_s: float) -> None:
-        """Moves jobs to their next stage, which may take `limit_s`; told to the broker with the next renewal."""
+    def enter(self, claims: Iterable[Claim], stage: str, *, limit_s: float = math.inf) -> None:
+        """Moves jobs on to a stage, which may take `limit_s`; told to the broker with the next word about any job.
+
+        Two threads may say where a job is (the device is done with it; it is being stored): it never goes back.
+        """
         deadline = time.monotonic() + limit_s
         with self._lock:
             for claim in claims:
                 held = self._held.get(claim.job_id)
-                if held is not None and held.claim.execution == claim.execution:
-                    held.stage, held.deadline = stage, deadline
+                if held is None or held.claim.execution != claim.execution:
+                    continue
+                if STAGES.index(stage) >= STAGES.index(held.stage):
+                    held.stage, held.limit_s, held.deadline, held.hung = stage, limit_s, deadline, False
+
+    def grant(self, seconds: float, *, stages: Collection[str] = STAGES) -> None:
+        """Moves the deadlines of what is in these stages: it waited so long for the broker, a store or encoders."""
+        now = time.monotonic()
+        with self._lock:
+            for held in self._held.values():
+                if held.stage in stages:
+                    held.excuse(seconds, now=now)
 
     def tell(self, claims: Sequence[Claim]) -> None:
-        """Tells the broker these jobs' stage now. A broker that is away is told with a later renewal."""
+        """Tells the broker these jobs' stage now, and what else changed since. One that is away is told later."""
+        ids = {claim.job_id for claim in claims}
         with self._lock:
-            held = [self._held[claim.job_id] for claim in claims if claim.job_id in self._held]
+            held = [
+                item
+                for id_, item in self._held.items()
+                # what is in `finish` is about to end: the word would cross its success
+                if id_ in ids or item.stage not in (item.told, "finish")
+            ]
         try:
             self._renew(held)
         except BrokerError as error:
@@ -149,27 +187,32 @@ class LeaseKeeper:
             if job_id in self._held:
                 self._held[job_id].cancel = True
 
-    def held(self) -> list[Claim]:
-        """What this worker holds."""
+    def held(self, *, outside: str = "") -> list[Claim]:
+        """What this worker holds; `outside`: without what is in this stage."""
         with self._lock:
-            return [item.claim for item in self._held.values()]
+            return [item.claim for item in self._held.values() if item.stage != outside]
 
     def _run(self) -> None:
-        while True:
-            pause = self._renew_s
-            try:
-                self._renew(self._in_time())  # before the beat: nothing may come between a job and its lease
-                self._behind.clear()
-                self._on_beat()
-            except BrokerError as error:
-                self._behind.set()
-                logger.warning("leases not renewed: %s", error, extra={"action": "renew_failed"})
-                pause = min(pause, _OUTAGE_RETRY_S)
-            if self._stop.wait(pause):
-                return
+        while not self._stop.wait(self._round()):
+            pass
+
+    def _round(self) -> float:
+        """Renews once. Returns how long to wait before the next time."""
+        try:
+            self._renew(self._in_time())  # before the beat: nothing may come between a job and its lease
+            self._behind.clear()
+            self._on_beat()
+            self._heard_again()
+            return self._renew_s
+        except BrokerError as error:
+            logger.warning("leases not renewed: %s", error, extra={"action": "renew_failed"})
+        except Exception:  # without this thread every long decode would lose its lease
+            logger.error("leases not renewed", exc_info=True, extra={"action": "renew_failed"})
+        self._behind.set()
+        return min(self._renew_s, _OUTAGE_RETRY_S)
 
     def _in_time(self) -> list[Held]:
-        now = time.monotonic()
+        now = min(time.monotonic(), self._heard + self._renew_s + _SLOW_ANSWER_S)
         with self._lock:
             late = [item for item in self._held.values() if now > item.deadline and not item.hung]
             for item in late:
@@ -180,21 +223,22 @@ class LeaseKeeper:
         return in_time
 
     def _renew(self, held: Sequence[Held]) -> None:
-        words = self._store.renew(
-            self._worker,
-            [
-                Renewal(
-                    job_id=item.claim.job_id,
-                    execution=item.claim.execution,
-                    stage=item.stage,
-                    done=item.done,
-                    total=item.total,
-                )
-                for item in held
-            ],
-        )
+        said = [
+            Renewal(
+                job_id=item.claim.job_id,
+                execution=item.claim.execution,
+                stage=item.stage,
+                done=item.done,
+                total=item.total,
+            )
+            for item in held
+        ]
+        words = self._store.renew(self._worker, said)
+        if said:  # else nothing was asked
+            self._heard_again()
         with self._lock:
-            for item, word in zip(held, words, strict=True):
+            for item, renewal, word in zip(held, said, words, strict=True):
+                item.told = renewal.stage
                 if word == "lost" and self._held.get(item.claim.job_id) is item:
                     item.lost = True
                     logger.warning("job %s is no longer ours", item.claim.job_id, extra={"action": "lease_lost"})
@@ -202,3 +246,13 @@ class LeaseKeeper:
                     item.cancel = True
                 elif word == "adopted":
                     logger.info("job %s taken up again", item.claim.job_id, extra={"action": "lease_adopted"})
+
+    def _heard_again(self) -> None:
+        """The broker answered: the time in which it did not is added to every deadline."""
+        with self._lock:
+            now = time.monotonic()
+            away_s = now - self._heard - self._renew_s - _SLOW_ANSWER_S
+            if away_s > 0:
+                for held in self._held.values():
+                    held.excuse(away_s, now=now)
+            self._heard = now

@@ -26,6 +26,8 @@ from typing import Any, Final
 
 import torch
 
+from broker_config import cgroup_memory
+
 #: Working memory ÷ the largest full-resolution activation. CPU: 1,012 MB ÷ 268 MB for SD's VAE at 512² in float32.
 #: CUDA: 2200 elements a pixel (reserved; InvokeAI vae_working_memory.py) ÷ its 256 channels: cuDNN takes workspaces.
 _ACTIVATIONS_CPU: Final = 4.0
@@ -34,6 +36,8 @@ _ACTIVATIONS_CUDA: Final = 8.6
 _CHANNELS_UNKNOWN: Final = 256
 #: Part of the free memory a plan may use: fragmentation and what other threads take meanwhile.
 _USABLE: Final = 0.85
+#: The smallest call whose memory says something of larger ones: 512².
+_TELLING_PX: Final = 512 * 512
 
 
 class Rung(StrEnum):
@@ -106,8 +110,11 @@ class MemoryModel:
             return self._measured.get((vae, dtype), guess)
 
     def learn(self, vae: str, *, dtype: torch.dtype, pixels: int, used_bytes: int) -> None:
-        """Takes in what one call used; the largest ratio seen counts."""
-        if pixels < 1 or used_bytes < 1:
+        """Takes in what one call used; the largest ratio seen counts.
+
+        A small call says nothing of a large one: its workspaces are as large, for a fraction of the pixels.
+        """
+        if pixels < _TELLING_PX or used_bytes < 1:
             return
         with self._lock:
             seen = self._measured.get((vae, dtype), 0.0)
@@ -136,7 +143,8 @@ def free_bytes(device: torch.device) -> int:
         with open("/proc/self/statm", encoding="ascii") as sizes:
             used = int(sizes.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         free = min(free, max(0, limit - used))
-    return free
+    in_group = cgroup_memory.free_bytes()
+    return free if in_group is None else min(free, in_group)
 
 
 class Meter:
@@ -158,6 +166,16 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         if self._device.type == "cuda":
             self.used_bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until `device` has done what it was told.
+
+    Raises:
+        RuntimeError: the device is lost to this process.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def make_room(device: torch.device, *, evict: Callable[[], int]) -> int:

@@ -138,7 +138,10 @@ class RqPresence(BaseWorker):
                 self._leaving.wait(1.0)
                 continue
             if message is not None:
-                self._obey(message)
+                try:
+                    self._obey(message)
+                except Exception:  # the next command may be `shutdown`
+                    logger.error("RQ command failed", exc_info=True, extra={"action": "rq_command_failed"})
         pubsub.close()
 
     def _obey(self, message: Any) -> None:

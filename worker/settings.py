@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
-from typing import Annotated
 
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from broker_config.errors import ConfigurationError
+from broker_config import settings_loading
 from broker_config.messages import Mode
+from broker_config.settings_loading import Names
 
 __all__ = ["WorkerSettings", "load_worker_settings"]
 
@@ -33,9 +32,7 @@ class WorkerSettings(BaseSettings):
     name: str = Field(
         default_factory=_own_name, pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Unique name of the worker."
     )
-    vaes: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Catalogue entries to serve, separated by commas or as a JSON list."
-    )
+    vaes: Names = Field((), description="Catalogue entries to serve, separated by commas or as a JSON list.")
     device: str = Field("auto", description="`cuda:0`, `cpu`, …; auto: the first CUDA device, else the CPU.")
     dtype: str | None = Field(
         None,
@@ -57,15 +54,6 @@ class WorkerSettings(BaseSettings):
     pool_bytes: int | None = Field(None, gt=0, description="Memory for loaded VAEs; unset: all of them stay loaded.")
     grace_s: float = Field(90.0, gt=0, description="Time to finish what the device holds after SIGTERM.")
 
-    @field_validator("vaes", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        if value.lstrip().startswith("["):
-            return tuple(json.loads(value))
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-
 
 def load_worker_settings(**overrides: object) -> WorkerSettings:
     """Settings from the environment, with `overrides` on top.
@@ -73,11 +61,4 @@ def load_worker_settings(**overrides: object) -> WorkerSettings:
     Raises:
         ConfigurationError: a value is not allowed; the message names each variable.
     """
-    try:
-        return WorkerSettings(**{key: value for key, value in overrides.items() if value is not None or key[0] == "_"})  # type: ignore[arg-type]
-    except ValidationError as error:
-        wrong = "; ".join(
-            f"LATENTQ_WORKER_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
-            for item in error.errors(include_input=False, include_url=False)
-        )
-        raise ConfigurationError(f"worker settings are not usable: {wrong}") from None
+    return settings_loading.load(WorkerSettings, "worker settings", overrides)

@@ -10,6 +10,7 @@ answers (`Patience`).
 
 from __future__ import annotations
 
+import errno
 import logging
 import queue
 import threading
@@ -40,7 +41,13 @@ Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 #: Chunks of one job that may wait between device and encoder: 16 frames each.
 _STREAM_CHUNKS: Final = 4
 #: What torch's CPU allocator and oneDNN say, as plain RuntimeErrors, when memory is short.
-_NO_MEMORY: Final = ("can't allocate memory", "could not create a memory object", "std::bad_alloc")
+#: oneDNN says that it could not create a primitive when there is no room for its code.
+_NO_MEMORY: Final = (
+    "can't allocate memory",
+    "could not create a memory object",
+    "could not create a primitive",
+    "std::bad_alloc",
+)
 _RETRY_FIRST_S: Final = 0.1
 _RETRY_LONGEST_S: Final = 5.0
 
@@ -56,8 +63,12 @@ class StreamClosed(Exception):
 class Patience:
     """Repeats what is said to the broker until it answers, or until the worker gives up."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_waited: Callable[[float], None] = lambda seconds: None) -> None:
+        """Args:
+        on_waited: told after each try that failed how many seconds it and the pause after it took.
+        """
         self._given_up = threading.Event()
+        self._on_waited = on_waited
 
     def give_up(self) -> None:
         """Ends every repetition, now and later."""
@@ -76,6 +87,7 @@ class Patience:
         """
         pause = _RETRY_FIRST_S
         while True:
+            start = time.monotonic()
             try:
                 return action()
             except BrokerError as error:
@@ -89,6 +101,7 @@ class Patience:
                 )
                 if self._given_up.wait(pause):
                     raise Abandoned from error
+                self._on_waited(time.monotonic() - start)
                 pause = min(pause * 2, _RETRY_LONGEST_S)
 
 
@@ -176,6 +189,8 @@ class Work:
     timings_s: dict[str, float] = field(default_factory=dict)
     #: Facts of the decode for the result record.
     decoded_by: dict[str, object] = field(default_factory=dict)
+    #: What came of its preview; None: it asks for none.
+    preview: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +206,9 @@ def classify(error: BaseException) -> LatentqError:
     if isinstance(error, LatentqError):
         return error
     text = str(error) or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in text for sign in _NO_MEMORY):
-        return OutOfMemory(f"out of memory while decoding: {text.splitlines()[0][:300]}")
+    short = isinstance(error, torch.OutOfMemoryError | MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if short or any(sign in text for sign in _NO_MEMORY):
+        return OutOfMemory(f"out of memory: {text.splitlines()[0][:300]}")
     return DecodeFailed(f"decoding raised {type(error).__name__}: {text[:500]}")
 
 

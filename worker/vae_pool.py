@@ -3,12 +3,14 @@
 Weights come from a folder or a Hugging Face repo, as safetensors only and without any code from there. One
 decode at a time runs on a VAE (`LoadedVae.lock`): some keep decode state on the module.
 
-DESIGN. Any thread may ask for a VAE; one load runs at a time, and others wait for it. A VAE somebody holds is not
+DESIGN. Any thread may ask for a VAE; one load runs at a time, and others who ask wait for it. Nobody else does: a
+device that is short of memory evicts while a large VAE is being read from a slow disk. A VAE somebody holds is not
 evicted: eviction only drops the pool's reference, the memory goes when the last user is done.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -23,10 +25,11 @@ import diffusers
 import torch
 from huggingface_hub import snapshot_download
 
-from broker_config.errors import WeightsMismatch, WeightsMissing
+from broker_config.errors import OutOfMemory, WeightsMismatch, WeightsMissing, WorkerError
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
 from broker_config.vae_identity import config_digest
 from worker.latent_io import torch_dtype
+from worker.stages import classify
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,9 @@ _WANTED = (
     "diffusion_pytorch_model-*.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
 )
+
+#: What a disk or a full table says that may work later.
+_PASSING: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO, errno.EAGAIN, errno.ESTALE})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,11 +82,13 @@ class VaePool:
         max_bytes: memory for loaded VAEs; None: no limit.
         """
         self._catalog = catalog
-        self._device = device
+        self.device = device
         self._dtype = dtype
         self._max_bytes = max_bytes
         self._loaded: OrderedDict[str, LoadedVae] = OrderedDict()
         self._lock = threading.RLock()
+        #: Held while a VAE is loaded; taken before `_lock`.
+        self._loading = threading.Lock()
 
     def get(self, name: str) -> LoadedVae:
         """The VAE, loaded if it was not.
@@ -89,13 +97,19 @@ class VaePool:
             UnknownVae: not in the catalogue.
             WeightsMissing: no weights where the catalogue says.
             WeightsMismatch: weights of another class or with other channels.
+            OutOfMemory: there is too little memory for it now.
+            WorkerError: the weights cannot be read now.
         """
-        with self._lock:
-            if name not in self._loaded:
-                self._loaded[name] = self._load(self._catalog[name])
-            self._loaded.move_to_end(name)
-            self._shrink(keep=name)
-            return self._loaded[name]
+        with self._loading:
+            with self._lock:
+                vae = self._loaded.get(name)
+            if vae is None:
+                vae = self._load(self._catalog[name])
+            with self._lock:
+                self._loaded[name] = vae
+                self._loaded.move_to_end(name)
+                self._shrink(keep=name)
+            return vae
 
     def evict_all_but(self, name: str) -> int:
         """Drops every other VAE. Returns how many."""
@@ -129,7 +143,7 @@ class VaePool:
 
     def _load(self, entry: VaeEntry) -> LoadedVae:
         folder, revision = find_weights(entry)
-        dtype = torch_dtype(self._dtype or default_dtype(entry, self._device))
+        dtype = torch_dtype(self._dtype or default_dtype(entry, self.device))
         config = _checked_config(entry, folder)
         logger.info(
             "loading VAE %s from %s as %s",
@@ -140,7 +154,7 @@ class VaePool:
         )
         # Parameters keep `requires_grad`, as in a pipeline: torch's matmul folds a batch into one product only where
         # it is set (LinearAlgebra.cpp `should_fold`), also under inference_mode, and the last bits differ.
-        module = _from_pretrained(entry, folder, dtype).to(self._device).eval()
+        module = _from_pretrained(entry, folder, dtype).to(self.device).eval()
         size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
         if entry.tiled:
             module.enable_tiling()
@@ -158,7 +172,7 @@ class VaePool:
         }
         if revision:
             weights["revision"] = revision
-        return LoadedVae(entry=entry, module=module, dtype=dtype, device=self._device, weights=weights, size_bytes=size)
+        return LoadedVae(entry=entry, module=module, dtype=dtype, device=self.device, weights=weights, size_bytes=size)
 
 
 def _from_pretrained(entry: VaeEntry, folder: Path, dtype: torch.dtype) -> Any:
@@ -172,6 +186,10 @@ def _from_pretrained(entry: VaeEntry, folder: Path, dtype: torch.dtype) -> Any:
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         # OSError: a file cut off; RuntimeError: shapes of another VAE; the others: a config the class does not take.
         reason = str(error).strip().splitlines()[0][:300]
+        if isinstance(classify(error), OutOfMemory):
+            raise OutOfMemory(f"VAE {entry.name} cannot be loaded now ({type(error).__name__}: {reason})") from error
+        if getattr(error, "errno", None) in _PASSING:
+            raise WorkerError(f"VAE {entry.name} cannot be loaded now ({type(error).__name__}: {reason})") from error
         raise WeightsMismatch(
             f"the weights of VAE {entry.name} in {folder} cannot be loaded as {entry.vae_class} "
             f"({type(error).__name__}: {reason}): fetch them again, or correct [{entry.name}] in the catalogue",

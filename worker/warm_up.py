@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 
+from broker_config.errors import OutOfMemory, WeightsMismatch, WeightsMissing, WorkerError
+from broker_config.vae_catalog import VaeCatalog
 from worker.decode_probes import CostModels
-from worker.vae_pool import LoadedVae
+from worker.stages import classify
+from worker.vae_pool import LoadedVae, VaePool, find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,37 @@ class WarmUp:
         self._models = CostModels()
         #: VAE → decoded pixels that are worth putting into one call.
         self.budgets_px: dict[str, int] = {}
+
+    def load(self, names: Sequence[str], *, catalog: VaeCatalog, pool: VaePool) -> tuple[str, ...]:
+        """Loads and warms as many as the pool holds. Returns those that can be served: they have usable weights here.
+
+        One that there is no room for now is loaded when a job asks for it.
+
+        Raises:
+            WeightsMissing, WeightsMismatch: none can be served.
+        """
+        usable: list[str] = []
+        errors: list[WorkerError] = []
+        for name in names:
+            try:
+                find_weights(catalog[name])
+                if not pool.is_full:
+                    self.run(pool.get(name))
+            except (WeightsMissing, WeightsMismatch) as error:
+                errors.append(error)
+                logger.error("VAE %s is not served: %s", name, error, extra={"action": "vae_not_served", "vae": name})
+                continue
+            except Exception as error:
+                known = classify(error)
+                if not isinstance(error, WorkerError) and not isinstance(known, OutOfMemory):
+                    raise
+                logger.warning(
+                    "VAE %s is not loaded yet: %s", name, known, extra={"action": "warm_up_failed", "vae": name}
+                )
+            usable.append(name)
+        if not usable:
+            raise _why_none(errors)
+        return tuple(usable)
 
     def run(self, vae: LoadedVae) -> None:
         """Decodes zeros once; measures, if that is wanted and the VAE takes pictures."""
@@ -68,6 +103,14 @@ class WarmUp:
             self.budgets_px.get(vae.entry.name, USUAL_BUDGET_PX),
             extra={"action": "vae_warm", "vae": vae.entry.name},
         )
+
+
+def _why_none(errors: Sequence[WorkerError]) -> WorkerError:
+    """One error for a worker that can serve none of its VAEs."""
+    if len(errors) == 1:
+        return errors[0]
+    kind = WeightsMismatch if any(isinstance(error, WeightsMismatch) for error in errors) else WeightsMissing
+    return kind("; ".join(error.message for error in errors) or "no VAE to serve: name one with --vae")
 
 
 def smallest_latents(vae: LoadedVae) -> torch.Tensor:

@@ -36,6 +36,8 @@ class Plan:
     resizes: bool = False
     #: Whether the VAE returns pixels normalised as ImageNet's.
     imagenet: bool = False
+    #: Whether pixels are cut to whole values instead of rounded, as a pipeline with a guardrail leaves them.
+    cut: bool = False
 
     @property
     def latent_state(self) -> LatentState:

@@ -157,4 +157,5 @@ _TABLE: Final[Mapping[LatentLayout, _Steps]] = {
     LatentLayout.ITEM_PATCHES: _Steps(before=_item_patches, finish=lambda decoded, _: decoded.float().squeeze(2)),
     LatentLayout.VIDEO_REASONED: _Steps(),
     LatentLayout.VIDEO_CHUNKS: _Steps(),
+    LatentLayout.VIDEO_SECTIONS: _Steps(),
 }

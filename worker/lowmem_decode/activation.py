@@ -15,7 +15,7 @@ from worker.lowmem_decode.row_conv import Kernel, RowConv
 
 #: Strips between two times that free memory of the host goes back. glibc before 2.38 does not reuse an aligned block
 #: for one of the same size (its bug 14581), so the heap grows by about a strip with each.
-_GIVE_BACK_EVERY: Final = 4
+_GIVE_BACK_EVERY: Final = 8
 
 
 class Activation(Protocol):

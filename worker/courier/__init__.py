@@ -1,0 +1,1 @@
+"""The courier: delivers webhooks from the outbox, without torch."""
