@@ -23,6 +23,7 @@ from producer.async_client import AsyncDecodeClient
 from producer.async_job_handle import AsyncJobHandle
 from producer.client import DecodeClient
 from producer.job_handle import JobHandle
+from producer.queued_vae import QueuedVAE
 from producer.submission import DecodeOptions
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "DecodeClient",
     "DecodeOptions",
     "JobHandle",
+    "QueuedVAE",
     "Settings",
     "VaeCatalog",
     # what they return

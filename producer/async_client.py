@@ -28,7 +28,9 @@ from broker_config.vae_catalog import VaeCatalog
 from producer.async_job_handle import AsyncJobHandle
 from producer.client import DecodeClient
 from producer.ended_feed import EndedFeed
+from producer.ended_jobs import SPOOL_LOOK_S, ended_now
 from producer.pixel_input import Pictures
+from producer.spool_flush import TO_SPOOL
 from producer.submit_attempt import LONGEST_PAUSE_S, RedecodeAttempt, SubmitAttempt
 from producer.tensor_input import Latents, TensorFile
 
@@ -48,9 +50,17 @@ class AsyncDecodeClient:
     Starts without torch: torch tensors are taken when the caller has torch.
     """
 
-    def __init__(self, connections: Connections, *, settings: Settings, catalog: VaeCatalog | None = None) -> None:
+    def __init__(
+        self,
+        connections: Connections,
+        *,
+        settings: Settings,
+        catalog: VaeCatalog | None = None,
+        spool: Path | str | None = None,
+    ) -> None:
+        """Args as `DecodeClient`."""
         #: The client whose calls run in threads.
-        self.blocking = DecodeClient(connections, settings=settings, catalog=catalog)
+        self.blocking = DecodeClient(connections, settings=settings, catalog=catalog, spool=spool)
         #: The VAEs that jobs may name.
         self.catalog = self.blocking.catalog
         self.store = self.blocking.store
@@ -66,13 +76,13 @@ class AsyncDecodeClient:
     def from_env(cls, **overrides: Any) -> Self:
         """A client configured by the environment (`LATENTQ_…`), with `overrides` on top. Errors as `DecodeClient`."""
         settings = load_settings(**overrides)
-        return cls(connect(settings, name="latentq-client"), settings=settings)
+        return cls(connect(settings, name="latentq-client"), settings=settings, spool=settings.spool_dir)
 
     @classmethod
     def from_url(cls, url: str, **overrides: Any) -> Self:
         """A client of the broker at `url`."""
         settings = load_settings(redis_url=url, **overrides)
-        return cls(connect_url(url, name="latentq-client"), settings=settings)
+        return cls(connect_url(url, name="latentq-client"), settings=settings, spool=settings.spool_dir)
 
     async def __aenter__(self) -> Self:
         return self
@@ -157,7 +167,7 @@ class AsyncDecodeClient:
         waiting = {job.id: job for job in jobs}
         deadline = None if timeout is None else time.monotonic() + timeout
         with self.feed.watching(*waiting) as watch:
-            look = True
+            look, spooled = True, False
             while waiting:
                 # Heard of: ended for sure. Otherwise everyone is looked at: at first, after a pause of the feed, and
                 # now and then.
@@ -165,12 +175,12 @@ class AsyncDecodeClient:
                 watch.ended.clear()
                 if not ended:
                     watch.rung.clear()
-                    ended = await self.run(self._ended, list(waiting))
+                    ended, spooled = await self.run(self._look, list(waiting))
                 for job_id in ended:
                     yield waiting.pop(job_id)
                 if not waiting:
                     return
-                left = self.feed.look_every_s
+                left = SPOOL_LOOK_S if spooled else self.feed.look_every_s
                 if deadline is not None:
                     left = min(left, deadline - time.monotonic())
                     if left <= 0:
@@ -180,16 +190,31 @@ class AsyncDecodeClient:
 
     # Inside ---------------------------------------------------------------------------------------------
 
-    def _ended(self, job_ids: list[str]) -> list[str]:
-        chunks = (job_ids[start : start + 512] for start in range(0, len(job_ids), 512))
-        return [item.job_id for chunk in chunks for item in self.store.snapshots(chunk) if item.status.is_terminal]
+    def _look(self, job_ids: list[str]) -> tuple[list[str], bool]:
+        """Those that have ended, and whether some wait in the spool: the broker does not know these yet."""
+        spool = self.blocking.spool
+        spooled = spool.spool.holds(job_ids) if spool is not None else set()
+        return list(ended_now(self.store, [job_id for job_id in job_ids if job_id not in spooled])), bool(spooled)
 
     async def _until_accepted(self, attempt: SubmitAttempt | RedecodeAttempt, *, block_s: float) -> AsyncJobHandle:
+        spool = self.blocking.spool
+        if spool is None or not isinstance(attempt, SubmitAttempt):
+            await self._hand_over(attempt, block_s=block_s)
+        elif (away := spool.away) is not None:
+            await self.transfer(spool.keep, attempt, away)
+        else:
+            try:
+                await self._hand_over(attempt, block_s=block_s)
+            except TO_SPOOL as error:
+                await self.transfer(spool.keep, attempt, error)
+        return AsyncJobHandle(self, attempt.job_id)
+
+    async def _hand_over(self, attempt: SubmitAttempt | RedecodeAttempt, *, block_s: float) -> None:
         deadline = time.monotonic() + block_s
         while True:
             try:
                 await self.transfer(attempt.once)
-                return AsyncJobHandle(self, attempt.job_id)
+                return
             except QueueFull as error:
                 left = deadline - time.monotonic()
                 if left <= 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 
 from broker_config.errors import WaitTimeout
 from broker_config.messages import Artifact, DecodeResult, JobSnapshot, JobStatus
-from producer.job_handle import JobHandle
+from producer.job_handle import PREVIEW_LOOK_S, JobHandle
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +52,21 @@ class AsyncJobHandle:
     async def artifacts(self) -> list[tuple[Artifact, bytes]]:
         """Every artifact with its bytes, checked against its sha256. As `JobHandle.artifacts`."""
         return await self._client.transfer(self._blocking.artifacts)
+
+    async def preview(self, timeout: float | None = 0.0) -> Image.Image | None:  # noqa: ASYNC109  as the twin's
+        """The preview of a job with `preview`; None: there is none (yet). As `JobHandle.preview`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            ended = (await self.status()).is_terminal
+            if (picture := await self.shown_preview()) is not None or ended:
+                return picture
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
+            await asyncio.sleep(PREVIEW_LOOK_S)
+
+    async def shown_preview(self) -> Image.Image | None:
+        """The preview, if it is there now."""
+        return await self._client.transfer(self._blocking.shown_preview)
 
     async def images(self) -> list[Image.Image]:
         """The pictures of a png, jpg or webp job. As `JobHandle.images`."""

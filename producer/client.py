@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
-from broker_config import keys
-from broker_config.connection import MAX_BLOCK_S, Connections, broker_errors, connect, connect_url
+from broker_config.connection import Connections, broker_errors, connect, connect_url
 from broker_config.errors import InvalidOption, QueueFull
 from broker_config.job_store import JobStore
 from broker_config.latent_geometry import FACTS, Geometry, LatentLayout
@@ -18,15 +17,17 @@ from broker_config.messages import DecodeRequest, Kind
 from broker_config.settings import Settings, load_settings
 from broker_config.tiered_blob_store import TieredBlobStore
 from broker_config.vae_catalog import VaeCatalog
+from producer.ended_jobs import ended_jobs
 from producer.job_handle import JobHandle
-from producer.pipelines import options_of
+from producer.pipelines import noise_state, options_of
 from producer.pixel_input import ENCODE_OPTIONS, Pictures, build_encode_request, encode_options
+from producer.preview_option import preview_of
+from producer.spool import Spool
+from producer.spool_flush import SpoolingSubmits
 from producer.submission import DecodeOptions, build_request, checked_options, checked_state, new_job_id
 from producer.submit_attempt import LONGEST_PAUSE_S, RedecodeAttempt, SubmitAttempt, latents_gone
 from producer.tensor_input import Latents, TensorFile, read_tensor_file, to_tensor_file
-
-#: Streams one blocking read watches; Redis looks at each of them when any wakes us.
-_WATCH_CHUNK: Final = 512
+from producer.webhook_option import own_secrets
 
 
 class DecodeClient:
@@ -35,13 +36,28 @@ class DecodeClient:
     Starts without torch: torch tensors are taken when the caller has torch.
     """
 
-    def __init__(self, connections: Connections, *, settings: Settings, catalog: VaeCatalog | None = None) -> None:
+    def __init__(
+        self,
+        connections: Connections,
+        *,
+        settings: Settings,
+        catalog: VaeCatalog | None = None,
+        spool: Path | str | None = None,
+    ) -> None:
+        """Args:
+        connections: closed with the client.
+        settings: limits and defaults.
+        catalog: None: the one the settings name.
+        spool: folder for submits that the broker does not take; None: these are errors (`producer/spool.py`).
+        """
         self._connections = connections
         self._settings = settings
         #: The VAEs that jobs may name.
         self.catalog = catalog or VaeCatalog.load(settings.catalog)
         self.store = JobStore(connections, settings)
         self.blobs = TieredBlobStore(connections, settings)
+        #: Submits that wait for the broker; None: there is no spool.
+        self.spool = SpoolingSubmits(Spool(spool), store=self.store, blobs=self.blobs) if spool is not None else None
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Self:
@@ -52,13 +68,13 @@ class DecodeClient:
             ConfigurationError: a setting is not usable.
         """
         settings = load_settings(**overrides)
-        return cls(connect(settings, name="latentq-client"), settings=settings)
+        return cls(connect(settings, name="latentq-client"), settings=settings, spool=settings.spool_dir)
 
     @classmethod
     def from_url(cls, url: str, **overrides: Any) -> Self:
         """A client of the broker at `url`."""
         settings = load_settings(redis_url=url, **overrides)
-        return cls(connect_url(url, name="latentq-client"), settings=settings)
+        return cls(connect_url(url, name="latentq-client"), settings=settings, spool=settings.spool_dir)
 
     def __enter__(self) -> Self:
         return self
@@ -69,9 +85,16 @@ class DecodeClient:
         self.close()
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Closes the connections. What waits in the spool stays there."""
+        if self.spool is not None:
+            self.spool.close()
         self.blobs.close()
         self._connections.close()
+
+    @property
+    def settings(self) -> Settings:
+        """What it was made with."""
+        return self._settings
 
     def ping(self) -> None:
         """Asks the broker whether it answers.
@@ -92,8 +115,10 @@ class DecodeClient:
                 vae, layout, state and the facts that go with them (`producer/pipelines.py`). Options named beside it
                 win.
             block_s: while the queue is full, how long to try again.
-            options: fields of `DecodeOptions`: vae, layout, height, width, num_frames, fps, output, mode, priority,
-                timeout_s, start_within_s, retention_s, scaling_factor, shift_factor, metadata, provenance, job_id.
+            options: `generator`, the pipeline's torch generator on the CPU as the call left it, where the VAE draws
+                noise (LTX-Video); and fields of `DecodeOptions`: vae, layout, height, width, num_frames, fps, output,
+                mode, priority, timeout_s, start_within_s, retention_s, scaling_factor, shift_factor, metadata,
+                provenance, webhook, webhook_events, webhook_inline, webhook_secret, job_id.
 
         Raises:
             InvalidJob: one of its subclasses; nothing was stored. Its `job_id` is the id it would have had.
@@ -102,6 +127,7 @@ class DecodeClient:
             BrokerUnreachable: not known whether it was accepted: submit again with `job_id=error.job_id`, which
                 cannot make a second job.
             BlobStoreUnavailable: the store of large blobs did not take the latents; nothing was accepted.
+            SpoolUnavailable: of a client with a spool, in place of the last three: nor did the spool take them.
         """
         return self._accepted(self.attempt(self.taken(latents), pipeline=pipeline, **options), block_s=block_s)
 
@@ -145,7 +171,8 @@ class DecodeClient:
             job_id: a job whose latents are still retained, in whatever state.
             block_s: while the queue is full, how long to try again.
             options: what is to differ: output, mode, priority, fps, timeout_s, start_within_s, retention_s, metadata,
-                provenance, scaling_factor, shift_factor, job_id.
+                provenance, scaling_factor, shift_factor, webhook and what belongs to it (a webhook is not taken over),
+                job_id.
 
         Raises:
             JobNotFound: no such job.
@@ -166,49 +193,24 @@ class DecodeClient:
         Raises:
             JobNotFound: one of them does not exist.
         """
-        waiting = {job.id: job for job in jobs}
-        deadline = None if timeout is None else time.monotonic() + timeout
-        # What ended before we looked, and ids that do not exist, come first.
-        ids = list(waiting)
-        for start in range(0, len(ids), _WATCH_CHUNK):
-            for snapshot in self.store.snapshots(ids[start : start + _WATCH_CHUNK]):
-                if snapshot.status.is_terminal:
-                    yield waiting.pop(snapshot.job_id)
-        while waiting:
-            left = MAX_BLOCK_S if deadline is None else min(MAX_BLOCK_S, deadline - time.monotonic())
-            if left <= 0:
-                return
-            for job_id in self._next_ended(list(waiting), block_s=left):
-                yield waiting.pop(job_id)
-
-    def _next_ended(self, job_ids: list[str], *, block_s: float) -> list[str]:
-        """Those of `job_ids` that ended; waits up to `block_s` for the first."""
-        if len(job_ids) > _WATCH_CHUNK:
-            block_s = min(block_s, 0.05)  # the others wait for their turn
-        ended: list[str] = []
-        for start in range(0, len(job_ids), _WATCH_CHUNK):
-            streams = {keys.rq_results(job_id): "0-0" for job_id in job_ids[start : start + _WATCH_CHUNK]}
-            prefix = len(keys.rq_results(""))
-            with broker_errors(self._connections.url):
-                answer = self._connections.blocking.xread(
-                    streams,  # type: ignore[arg-type]
-                    block=max(1, round(block_s * 1000)),
-                )
-            ended += [_stream_name(name)[prefix:] for name in _stream_names(answer)]
-        if not ended:  # a result may have been retired between two looks, and its stream with it
-            ended = [item.job_id for item in self.store.snapshots(job_ids[:_WATCH_CHUNK]) if item.status.is_terminal]
-        return ended
+        handles = {job.id: job for job in jobs}
+        spool = self.spool.spool if self.spool is not None else None
+        for job_id in ended_jobs(handles, store=self.store, spool=spool, timeout=timeout):
+            yield handles[job_id]
 
     # Steps shared with the asynchronous client, which waits in another way between two tries ---------------
 
     def attempt(self, latents: Callable[[], TensorFile], *, pipeline: Any = None, **options: Any) -> SubmitAttempt:
         """A submit that has been checked and not begun. Options and errors as `submit`."""
+        if "generator" in options:
+            options = {**options, "noise_state": noise_state(options["generator"])}
+            del options["generator"]
         if pipeline is not None:
             options = options_of(pipeline, options, catalog=self.catalog)
         asked = _options(options)
         tensor = latents()
         request = build_request(tensor, asked, catalog=self.catalog, settings=self._settings)
-        return SubmitAttempt(request, tensor, store=self.store, blobs=self.blobs)
+        return SubmitAttempt(request, tensor, store=self.store, blobs=self.blobs, secrets=own_secrets(asked))
 
     def encode_attempt(self, pictures: Pictures, *, pipeline: Any = None, **options: Any) -> SubmitAttempt:
         """An encode that has been checked and not begun. Arguments and errors as `encode`."""
@@ -217,7 +219,7 @@ class DecodeClient:
             options = {name: value for name, value in told.items() if name in ENCODE_OPTIONS or name in options}
         asked = _options(encode_options(options))
         request, file = build_encode_request(pictures, asked, catalog=self.catalog, settings=self._settings)
-        return SubmitAttempt(request, file, store=self.store, blobs=self.blobs)
+        return SubmitAttempt(request, file, store=self.store, blobs=self.blobs, secrets=own_secrets(asked))
 
     def redecode_attempt(self, job_id: str, /, **options: Any) -> RedecodeAttempt:
         """A redecode that has been checked and not begun. Arguments and errors as `redecode`."""
@@ -226,7 +228,8 @@ class DecodeClient:
             raise latents_gone(job_id)
         if source.kind is not Kind.DECODE:
             raise InvalidOption(f"job {job_id} encodes pictures: there is nothing to decode again", field="job_id")
-        return RedecodeAttempt(self._again(source, options), store=self.store)
+        request, secrets = self._again(source, options)
+        return RedecodeAttempt(request, store=self.store, secrets=secrets)
 
     def taken(self, latents: Latents) -> Callable[[], TensorFile]:
         """Makes a file of a tensor."""
@@ -237,18 +240,25 @@ class DecodeClient:
         return lambda: read_tensor_file(Path(path), max_bytes=self._settings.max_latents_bytes)
 
     def _accepted(self, attempt: SubmitAttempt | RedecodeAttempt, *, block_s: float) -> JobHandle:
+        if self.spool is not None and isinstance(attempt, SubmitAttempt):
+            self.spool.submit(attempt, lambda: self._hand_over(attempt, block_s=block_s))
+        else:
+            self._hand_over(attempt, block_s=block_s)
+        return JobHandle(self, attempt.job_id)
+
+    def _hand_over(self, attempt: SubmitAttempt | RedecodeAttempt, *, block_s: float) -> None:
         deadline = time.monotonic() + block_s
         while True:
             try:
                 attempt.once()
-                return JobHandle(self, attempt.job_id)
+                return
             except QueueFull as error:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise
                 time.sleep(min(left, error.retry_after_s, LONGEST_PAUSE_S))
 
-    def _again(self, source: DecodeRequest, options: dict[str, Any]) -> DecodeRequest:
+    def _again(self, source: DecodeRequest, options: dict[str, Any]) -> tuple[DecodeRequest, tuple[str, ...]]:
         entry = self.catalog[source.vae]
         geometry = Geometry(
             batch=source.batch,
@@ -261,17 +271,22 @@ class DecodeClient:
         kept = {
             name: getattr(source, name)
             for name in known & {item.name for item in dataclasses.fields(source)}
-            if name not in ("job_id", "timeout_s", "height", "width", "num_frames")
+            if name not in ("job_id", "timeout_s", "height", "width", "num_frames", "webhook", "preview")
         }
+        if source.webhook is not None or "webhook" in options:
+            kept["retention_s"] = None  # a webhook decides how long that is at least, and does not come along
         fixed = {"vae", "layout", "height", "width", "num_frames", "state", *FACTS} & set(options)
         if fixed:
             name = sorted(fixed)[0]
             raise _not_changeable(name)
         asked = _options(kept | options)
-        checked_state(asked, entry, LatentLayout(source.layout))
+        layout = LatentLayout(source.layout)
+        checked_state(asked, entry, layout)
+        shown_by = preview_of(asked.preview, entry, layout=layout, state=source.latent_state, catalog=self.catalog)
         checked = checked_options(asked, entry=entry, geometry=geometry, settings=self._settings)
         job_id = asked.job_id or new_job_id()
-        return dataclasses.replace(source, job_id=job_id, source_job_id=source.job_id, **checked)
+        request = dataclasses.replace(source, job_id=job_id, source_job_id=source.job_id, preview=shown_by, **checked)
+        return request, own_secrets(asked)
 
 
 def _options(options: dict[str, Any]) -> DecodeOptions:
@@ -286,12 +301,3 @@ def _options(options: dict[str, Any]) -> DecodeOptions:
 
 def _not_changeable(name: str) -> InvalidOption:
     return InvalidOption(f"{name} belongs to the latents and cannot change when they are decoded again", field=name)
-
-
-def _stream_names(answer: Any) -> list[Any]:
-    """RESP3 answers with a map, RESP2 with pairs."""
-    return list(answer) if isinstance(answer, dict) else [pair[0] for pair in answer or []]
-
-
-def _stream_name(name: Any) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)

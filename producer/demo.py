@@ -1,4 +1,4 @@
-"""`latentq demo`: real latents through a real broker to a worker process, and back as pictures and a video."""
+"""`latentq demo`: real latents, then real prompts, through a real broker to a worker process, and back as pictures."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from broker_config.tensor_header import read_header
 from producer.client import DecodeClient
 from producer.job_handle import JobHandle
 from producer.local_stack import LocalStack
+from producer.prompt_demo import run_prompts
 
 _VAE: Final = "demo"
 #: A cold start imports torch, which takes half a minute on a slow disk.
@@ -70,12 +71,13 @@ def run_demo(out: Path, *, console: Console | None = None) -> int:
             failed = [item for item in jobs if snapshots[item.job.id].status is not JobStatus.SUCCEEDED]
             console.print(_table(jobs, snapshots))
             files = _store(jobs, snapshots, out)
+            status = run_prompts(out / "prompts", client, environment={"LATENTQ_REDIS_URL": stack.url}, console=console)
     for file in files:
         console.print(f"  {file}", highlight=False)
-    console.print(f"{len(jobs)} jobs in {time.monotonic() - started:.1f} s")
+    console.print(f"all of it in {time.monotonic() - started:.1f} s")
     for item in failed:
         console.print(f"[red]{item.title}: {snapshots[item.job.id].errors}[/red]")
-    return 1 if failed else 0
+    return 1 if failed else status
 
 
 @contextlib.contextmanager

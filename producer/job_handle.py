@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from PIL import Image
 
 from broker_config.errors import (
+    BrokerUnreachable,
     JobCanceled,
     JobFailed,
     JobNotFinished,
+    JobNotFound,
+    JobSpooled,
     ResultExpired,
     WaitTimeout,
     WrongOutput,
@@ -23,6 +27,10 @@ if TYPE_CHECKING:
     import torch
 
     from producer.client import DecodeClient
+
+
+#: How often a wait for a preview looks; a small VAE takes about as long.
+PREVIEW_LOOK_S: Final = 0.05
 
 
 class JobHandle:
@@ -40,9 +48,18 @@ class JobHandle:
         """The job as it stands.
 
         Raises:
+            JobSpooled: it waits in this client's spool; the broker does not have it yet.
             JobNotFound: no such job.
         """
-        return self._client.store.snapshot(self.id)
+        try:
+            return self._client.store.snapshot(self.id)
+        except (JobNotFound, BrokerUnreachable) as error:
+            spool = self._client.spool
+            if spool is None or not spool.spool.holds([self.id]):
+                raise
+            raise JobSpooled(
+                f"job {self.id} waits in the spool {spool.spool.folder} until the broker takes it", job_id=self.id
+            ) from error
 
     def status(self) -> JobStatus:
         """Where the job is."""
@@ -77,6 +94,36 @@ class JobHandle:
             BlobMissing, BlobCorrupt: the bytes are gone or damaged.
         """
         return [(item, self._client.blobs.get(item.blob)) for item in self.result().artifacts]
+
+    def preview(self, timeout: float | None = 0.0) -> Image.Image | None:
+        """What a small VAE makes of the first picture of a job with `preview`, while its own VAE is still at work.
+
+        Args:
+            timeout: longest wait, seconds; None: until the job ended.
+
+        Returns:
+            None: there is none yet, or the job ended without: its result says why, in `decoded_by["preview"]`.
+
+        Raises:
+            JobNotFound: no such job.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            ended = self.status().is_terminal  # looked at first: a preview comes before the end
+            if (picture := self.shown_preview()) is not None or ended:
+                return picture
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
+            time.sleep(PREVIEW_LOOK_S)
+
+    def shown_preview(self) -> Image.Image | None:
+        """The preview, if it is there now."""
+        data = self._client.store.preview(self.id)
+        if data is None:
+            return None
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+        return picture
 
     def images(self) -> list[Image.Image]:
         """The pictures of a png, jpg or webp job, one for each item of the batch.

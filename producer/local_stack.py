@@ -1,4 +1,4 @@
-"""Everything on one machine: the embedded broker (unless a URL is set), workers, janitor and gateway as processes."""
+"""Everything on one machine: the embedded broker (unless a URL is set), and the services as processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import redis
 
@@ -18,6 +19,7 @@ from broker_config.settings import Settings
 from producer.supervisor import EXIT_UNUSABLE, Supervisor
 
 _WATCH_S = 0.3
+NEEDED_FOR_WEBHOOKS: Final = "LATENTQ_PUBLIC_URL and LATENTQ_LINK_KEY"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +105,7 @@ class LocalStack:
             announce("janitor  1")
             if self._gateway is not None:
                 announce(f"gateway  {self._gateway.url}")
+            announce(f"courier  {'1' if self._delivers else 'none: webhooks need ' + NEEDED_FOR_WEBHOOKS}")
             announce("stop with Ctrl-C")
             while not self._stop.wait(_WATCH_S):
                 broken = self._supervisor.check()
@@ -112,6 +115,11 @@ class LocalStack:
             announce("stopping: what is being decoded is finished, the rest stays in the queue")
         return 0
 
+    @property
+    def _delivers(self) -> bool:
+        """Whether there can be webhooks."""
+        return self._settings.public_url is not None and bool(self._settings.link_keys)
+
     def _verify(self, client: redis.Redis) -> None:
         with broker_errors(redact(self.url)):
             verify_server(client)
@@ -119,6 +127,8 @@ class LocalStack:
     def _start_processes(self) -> None:
         environment = {"LATENTQ_REDIS_URL": self.url}
         self._supervisor.start("janitor", [sys.executable, "-m", "worker.janitor"], environment=environment)
+        if self._delivers:
+            self._supervisor.start("courier", [sys.executable, "-m", "worker.courier"], environment=environment)
         if self._gateway is not None:
             command = [sys.executable, "-m", "producer.gateway"]
             command += ["--host", self._gateway.host, "--port", str(self._gateway.port)]

@@ -14,6 +14,7 @@ from broker_config import keys
 from broker_config.errors import InvalidJob, InvalidOption, JobConflict, JobNotFound, ResultExpired, WaitTimeout
 from broker_config.job_list import JobList, JobRow
 from broker_config.keys import Priority
+from broker_config.messages import DecodeRequest
 from broker_config.queue_control import Purged, QueueControl
 from broker_config.queue_report import QueueReport, QueueState
 from producer.client import DecodeClient
@@ -193,13 +194,17 @@ class Operations:
                 outcome = RequeueOutcome.ALREADY
             else:
                 # An explicit timeout is part of the job; redecode would work out a new one.
-                options: dict[str, Any] = {} if row.request is None else {"timeout_s": row.request.timeout_s}
+                options: dict[str, Any] = {} if row.request is None else {"timeout_s": self._timeout_of(row.request)}
                 self._client.redecode(row.job_id, job_id=new_id, **options)
         except (JobNotFound, ResultExpired):
             outcome = RequeueOutcome.EXPIRED
         except (InvalidJob, JobConflict) as error:
             outcome, reason = RequeueOutcome.REFUSED, error.message
         return Requeued(failed_id=row.job_id, new_id=new_id, outcome=outcome, reason=reason)
+
+    def _timeout_of(self, request: DecodeRequest) -> float:
+        """The timeout of a job that is tried again; the smallest one may have been raised since it was submitted."""
+        return max(request.timeout_s, self._client.store.settings.timeout_min_s)
 
     def _free_or_own(self, failed_id: str) -> str:
         """The id of the job that tries `failed_id` again; not one that a caller gave to latents of another job."""

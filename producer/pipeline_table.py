@@ -35,6 +35,24 @@ def _of(
 # Which of several VAEs -------------------------------------------------------------------------------------
 
 
+def _sd(pipeline: Any) -> str:
+    """Stable Diffusion takes two other decoders for its latents."""
+    others = {"AsymmetricAutoencoderKL": "sd-asymmetric", "ConsistencyDecoderVAE": "consistency-decoder"}
+    return others.get(type(getattr(pipeline, "vae", None)).__name__, "sd")
+
+
+def _sd_inpaint(pipeline: Any) -> str:
+    """As `_sd`, but for the decoder that would be given the picture and its mask."""
+    name = _sd(pipeline)
+    if name == "sd-asymmetric":
+        raise InvalidOption(
+            f"{type(pipeline).__name__} decodes with an AsymmetricAutoencoderKL by its picture and mask, which its "
+            "latents do not tell: use the VAE of Stable Diffusion",
+            field="pipeline",
+        )
+    return name
+
+
 def _sdxl(pipeline: Any) -> str:
     """Playground 2.5 is an SDXL whose VAE has per-channel statistics."""
     return "playground" if config_of(pipeline, "vae").get("latents_mean") else "sdxl"
@@ -122,14 +140,19 @@ _SIGMA: Final = {"sigma_data": _sigma_data}
 PIPELINES: Final[Mapping[str, PipelineEntry]] = {
     # AutoencoderKL, 4 channels
     **_of(
-        "StableDiffusion StableDiffusionImg2Img StableDiffusionInpaint StableDiffusionInstructPix2Pix "
-        "StableDiffusionDepth2Img StableDiffusionImageVariation StableDiffusionLatentUpscale StableUnCLIP "
-        "StableUnCLIPImg2Img StableDiffusionControlNet StableDiffusionControlNetImg2Img "
-        "StableDiffusionControlNetInpaint StableDiffusionControlNetXS StableDiffusionControlNetPAG "
-        "StableDiffusionControlNetPAGInpaint StableDiffusionPAG StableDiffusionPAGImg2Img "
-        "StableDiffusionPAGInpaint LatentConsistencyModel LatentConsistencyModelImg2Img AltDiffusion "
-        "AltDiffusionImg2Img CycleDiffusion PaintByExample SemanticStableDiffusion StableDiffusionAttendAndExcite "
-        "StableDiffusionDiffEdit StableDiffusionGLIGEN StableDiffusionGLIGENTextImage StableDiffusionModelEditing "
+        "StableDiffusion StableDiffusionImg2Img StableDiffusionControlNet StableDiffusionControlNetImg2Img",
+        _sd,
+        Layout.UNPACKED,
+    ),
+    **_of("StableDiffusionInpaint StableDiffusionPAGInpaint", _sd_inpaint, Layout.UNPACKED),
+    **_of(
+        "StableDiffusionInstructPix2Pix StableDiffusionDepth2Img StableDiffusionImageVariation "
+        "StableDiffusionLatentUpscale StableUnCLIP StableUnCLIPImg2Img StableDiffusionControlNetInpaint "
+        "StableDiffusionControlNetXS StableDiffusionControlNetPAG StableDiffusionControlNetPAGInpaint "
+        "StableDiffusionPAG StableDiffusionPAGImg2Img LatentConsistencyModel LatentConsistencyModelImg2Img "
+        "AltDiffusion AltDiffusionImg2Img CycleDiffusion PaintByExample SemanticStableDiffusion "
+        "StableDiffusionAttendAndExcite StableDiffusionDiffEdit StableDiffusionGLIGEN "
+        "StableDiffusionGLIGENTextImage StableDiffusionModelEditing "
         "StableDiffusionPanorama StableDiffusionParadigms StableDiffusionPix2PixZero StableDiffusionSAG "
         "VersatileDiffusionDualGuided VersatileDiffusionImageVariation VersatileDiffusionTextToImage",
         "sd",
@@ -228,7 +251,7 @@ PIPELINES: Final[Mapping[str, PipelineEntry]] = {
     **_of("Krea2", "krea2", Layout.PACKED_FRAME, readers={"patch_size": _own_patch_size}),
     **_of("NucleusMoEImage", "nucleus-image", Layout.PACKED_FRAME, readers={"patch_size": _transformer_patch_size}),
     **_of("BriaFibo BriaFiboEdit", "bria-fibo", Layout.PACKED_FRAME),
-    **_of("JoyImageEdit", "joyimage", Layout.ITEMS),
+    **_of("JoyImageEdit", "joyimage", Layout.UNPACKED_FRAME),
     **_of("JoyImageEditPlus", "joyimage-plus", Layout.ITEM_PATCHES),
     **_of("Cosmos2TextToImage", "cosmos2-image", Layout.UNPACKED_FRAME, readers=_SIGMA),
     # AutoencoderKLWan
@@ -253,6 +276,7 @@ PIPELINES: Final[Mapping[str, PipelineEntry]] = {
     # video VAEs of other classes
     **_of("HunyuanVideo HunyuanSkyreelsImageToVideo", "hunyuanvideo", Layout.VIDEO),
     **_of("HunyuanVideoImageToVideo", "hunyuanvideo", Layout.VIDEO, readers={"additional_frames": _not_concatenated}),
+    **_of("HunyuanVideoFramepack", "hunyuanvideo", Layout.VIDEO_SECTIONS, options={"frames_per_call": 9}),
     **_of("HunyuanVideo15 HunyuanVideo15ImageToVideo", "hunyuanvideo15", Layout.VIDEO),
     **_of("Kandinsky5T2V Kandinsky5I2V", "kandinsky5-video", Layout.CHANNELS_LAST),
     **_of("Kandinsky6TI2VA", "kandinsky6", Layout.VIDEO_CHANNELS_LAST),
@@ -306,7 +330,6 @@ EXCEPTED: Final[Mapping[str, str]] = {
     "StableDiffusionLDM3DPipeline": "its VAE makes a picture and a depth map in six channels, which need a pipeline's "
     "own postprocessing",
     "UniDiffuserPipeline": "one tensor holds latents of a picture, of CLIP and of a text",
-    "HunyuanVideoFramepackPipeline": "it hands out a list of overlapping sections, which it blends after decoding each",
     "EasyAnimateControlPipeline": "its own decode calls a method the class lacks (decode_latents)",
     "LTXI2VLongMultiPromptPipeline": "it decodes in tiles of its own making and blends them",
     "LTX2HDRPipeline": "its pictures have a high dynamic range, which none of the outputs holds",

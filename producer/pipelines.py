@@ -10,7 +10,9 @@ inpainting pipelines lay over a crop (`padding_mask_crop`).
 
 from __future__ import annotations
 
+import base64
 import difflib
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -76,6 +78,22 @@ def options_of(pipeline: Any, given: Mapping[str, Any], *, catalog: VaeCatalog) 
     if module is not None and "vae" not in given:
         options = _identity(module, catalog[options["vae"]].vae_class, pipeline) | options
     return options
+
+
+def noise_state(generator: Any) -> str:
+    """A torch generator as a job carries it, so that a worker draws what it would have drawn next.
+
+    Raises:
+        InvalidOption: not a generator on the CPU: what others draw depends on their device.
+    """
+    device = getattr(getattr(generator, "device", None), "type", None)
+    if device != "cpu":
+        raise InvalidOption(
+            f"generator is {type(generator).__name__} on {device}, expected a torch.Generator on the CPU: give the "
+            "pipeline one",
+            field="generator",
+        )
+    return base64.urlsafe_b64encode(zlib.compress(generator.get_state().numpy().tobytes())).decode().rstrip("=")
 
 
 def lookup(name: str) -> PipelineEntry:

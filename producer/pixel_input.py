@@ -7,7 +7,6 @@ are uint8 with channels last, 0 to 255, or floats with channels first, which `va
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -16,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from broker_config.blob_store import draft
 from broker_config.errors import InvalidDtype, InvalidOption, InvalidRank, InvalidSize, UnknownLayout
 from broker_config.latent_geometry import LAYOUTS, Geometry, LatentLayout, LatentState, checked_facts
 from broker_config.messages import DecodeRequest, Kind, Output
 from broker_config.settings import Settings
 from broker_config.tensor_header import itemsize
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
-from producer.submission import DecodeOptions, check_pixels, checked_options, checked_state, new_job_id
+from producer.submission import DecodeOptions, check_pixels, checked_options, checked_state, request_of
 from producer.tensor_input import TensorFile, check_bytes, to_tensor_file
 
 if TYPE_CHECKING:
@@ -43,6 +41,8 @@ _STATES: Final = (
     LatentState.STANDARDISED,
     LatentState.STANDARDISED_INVERSE,
 )
+#: What the VAE makes, as it is; where a caller asks for it.
+_AS_IS: Final = (LatentState.DENORMALISED, LatentState.POSTERIOR)
 #: What messages call them.
 NAME: Final = "pictures"
 #: What of `DecodeOptions` an encode takes.
@@ -62,6 +62,10 @@ ENCODE_OPTIONS: Final = frozenset(
         "timeout_s",
         "start_within_s",
         "retention_s",
+        "webhook",
+        "webhook_events",
+        "webhook_inline",
+        "webhook_secret",
         "metadata",
         "allow_tiling",
         "job_id",
@@ -119,20 +123,20 @@ def build_encode_request(
         InvalidJob: one of its subclasses, naming the field and the fix.
     """
     entry = catalog[options.vae]
-    layout = _layout(entry, options.layout)
+    layout = _layout(entry, options.layout, options.state)
     state = checked_state(options, entry, layout)
-    as_is = options.state == LatentState.DENORMALISED  # asked for: what the VAE makes, as it is
+    as_is = options.state in _AS_IS
     if state not in _STATES and not as_is:
         raise InvalidOption(
             f"{entry.name}'s latents are {state}, which no pipeline encodes to: name a `state` of "
-            f"{', '.join((*_STATES, LatentState.DENORMALISED))}",
+            f"{', '.join((*_STATES, *_AS_IS))}",
             field="state",
         )
     file = to_pixel_file(pictures, max_bytes=settings.max_latents_bytes)
     rank = 5 if LAYOUTS[layout].is_video else 4
     if file.dtype == "uint8" and len(file.shape) == rank - 1:
         file = file.in_shape((1, *file.shape))  # one picture, or the frames of one clip
-    geometry = _measure(file, entry, layout)
+    geometry = _measure(file, entry, layout, is_last=channels_are_last(file, state))
     check_pixels(geometry, settings)
     facts = checked_facts(
         {name: getattr(options, name) for name in ("seed", "vae_class", "vae_config", "vae_revision")}
@@ -140,27 +144,20 @@ def build_encode_request(
     checked = checked_options(
         dataclasses.replace(options, output=str(Output.TENSOR)), entry=entry, geometry=geometry, settings=settings
     )
-    job_id = options.job_id or new_job_id()
-    request = DecodeRequest(
-        job_id=job_id,
-        vae=entry.name,
+    request = request_of(
+        file,
+        facts | checked,
+        options=options,
+        entry=entry,
         layout=layout,
-        latents=draft(f"{job_id}.in.{hashlib.sha256(file.data).hexdigest()[:16]}", file.data),
-        shape=file.shape,
-        dtype=file.dtype,
-        height=geometry.height,
-        width=geometry.width,
-        batch=geometry.batch,
-        num_frames=geometry.num_frames,
-        state=None if state is LAYOUTS[layout].state else str(state),
+        state=state,
+        geometry=geometry,
         kind=Kind.ENCODE,
-        **facts,
-        **checked,
     )
-    return dataclasses.replace(request, schema_version=request.needed_version), file
+    return request, file
 
 
-def _layout(entry: VaeEntry, wanted: str | None) -> LatentLayout:
+def _layout(entry: VaeEntry, wanted: str | None, state: str | None) -> LatentLayout:
     """The layout to encode to: the one named, else the entry's first that can be.
 
     Raises:
@@ -168,8 +165,8 @@ def _layout(entry: VaeEntry, wanted: str | None) -> LatentLayout:
     """
     if wanted == LatentLayout.UNPACKED and LatentLayout.PACKED in entry.layouts:
         return LatentLayout.UNPACKED  # what is packed otherwise
-    if wanted is not None and entry.layout(wanted) in ENCODABLE:
-        return entry.layout(wanted)
+    if wanted is not None and entry.layout(wanted, state=state) in ENCODABLE:
+        return entry.layout(wanted, state=state)
     fitting = [item for item in entry.layouts if item in ENCODABLE]
     if wanted is not None or not fitting:
         raise UnknownLayout(
@@ -180,20 +177,19 @@ def _layout(entry: VaeEntry, wanted: str | None) -> LatentLayout:
     return fitting[0]
 
 
-def _measure(file: TensorFile, entry: VaeEntry, layout: LatentLayout) -> Geometry:
+def _measure(file: TensorFile, entry: VaeEntry, layout: LatentLayout, *, is_last: bool) -> Geometry:
     """Sizes of the pictures, if the VAE can divide them."""
     is_video = LAYOUTS[layout].is_video
-    is_bytes = file.dtype == "uint8"
     sizes = "frames, height, width" if is_video else "height, width"
-    form = f"(batch, {sizes}, 3)" if is_bytes else f"(batch, 3, {sizes})"
+    form = f"(batch, {sizes}, 3)" if is_last else f"(batch, 3, {sizes})"
     shape = file.shape
-    if len(shape) != form.count(",") + 1 or shape[-1 if is_bytes else 1] != 3:
+    if len(shape) != form.count(",") + 1 or shape[-1 if is_last else 1] != 3:
         raise InvalidRank(
             f"pictures are {file.dtype} {list(shape)}, {entry.name} takes {form}: uint8 has its channels last, "
             "floats have them first",
             field="pictures",
         )
-    if not is_bytes:
+    if not is_last:
         shape = (shape[0], *shape[2:], 3)
     if any(size < 1 for size in shape):
         raise InvalidSize(f"pictures {list(shape)} have an empty dimension", field="pictures")
@@ -211,6 +207,15 @@ def _measure(file: TensorFile, entry: VaeEntry, layout: LatentLayout) -> Geometr
             field="num_frames",
         )
     return Geometry(batch=batch, num_frames=num_frames, height=height, width=width, is_video=is_video)
+
+
+def channels_are_last(file: TensorFile, state: LatentState) -> bool:
+    """Whether pictures have their channels in the last dimension: as uint8, and where it fits, on the way to a
+    posterior: who asks for that has a VAE's own input, which may have these strides. Elsewhere it is a mistake.
+    """
+    shape = file.shape
+    fits = len(shape) > 1 and shape[-1] == 3 != shape[1]
+    return file.dtype == "uint8" or (state is LatentState.POSTERIOR and fits)
 
 
 def encode_options(options: dict[str, Any]) -> dict[str, Any]:

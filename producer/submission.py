@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, TypeVar
@@ -29,10 +29,12 @@ from broker_config.latent_geometry import (
     checked_facts,
     measure,
 )
-from broker_config.messages import DecodeRequest, Mode, Output, check_job_id
+from broker_config.messages import DecodeRequest, Kind, Mode, Output, check_job_id
 from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
+from producer.preview_option import preview_of
 from producer.tensor_input import TensorFile
+from producer.webhook_option import checked_webhook, own_secrets, retention_with_webhook
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -97,20 +99,32 @@ class DecodeOptions:
     decode_timestep: float | None = None
     #: Share of noise mixed in before; None: as `decode_timestep`.
     decode_noise_scale: float | None = None
-    #: Seed of that noise.
+    #: Seed of the generator that noise is drawn from, if it has drawn nothing yet.
     seed: int | None = None
+    #: State of that generator otherwise; `generator` of a submit becomes it.
+    noise_state: str | None = None
     #: Class the worker's VAE must have; None: the catalogue's.
     vae_class: str | None = None
     #: Digest its config must have; None: any.
     vae_config: str | None = None
     #: Commit its weights must be of; None: any.
     vae_revision: str | None = None
+    #: URL that is told how the job goes; None: none is.
+    webhook: str | None = None
+    #: Of queued, processing, progress, succeeded, failed, canceled; None: the last three.
+    webhook_events: Sequence[str] | None = None
+    #: Whether artifacts that are small enough travel in the message.
+    webhook_inline: bool = False
+    #: Signs the messages (`whsec_…`; several, separated by commas, while they change); None: the key's, or the default.
+    webhook_secret: str | None = field(default=None, repr=False)
     #: Written into the artifacts.
     metadata: Mapping[str, str] = field(default_factory=dict)
     #: Whether artifacts carry our provenance record.
     provenance: bool = True
     #: Whether the decode may be tiled, which is not exact and can leave seams, when memory is short.
     allow_tiling: bool = False
+    #: Whether a small VAE that takes the same latents shows a preview first.
+    preview: bool = False
     #: None: a new UUIDv7.
     job_id: str | None = None
 
@@ -129,10 +143,14 @@ def build_request(
         InvalidJob: one of its subclasses, naming the field and the fix.
     """
     entry = catalog[options.vae]
-    layout = entry.layout(options.layout, rank=len(tensor.shape))
+    layout = entry.layout(options.layout, rank=len(tensor.shape), state=options.state)
     facts = checked_facts({name: getattr(options, name) for name in FACTS})
     state = checked_state(options, entry, layout)
-    check_noise(options)
+    if state is LatentState.POSTERIOR:
+        raise InvalidOption(
+            "state is posterior, of which latents are still to be drawn: draw them first", field="state"
+        )
+    check_noise(options, entry)
     geometry = measure(
         layout,
         tensor.shape,
@@ -144,6 +162,24 @@ def build_request(
     )
     check_pixels(geometry, settings)
     checked = checked_options(options, entry=entry, geometry=geometry, settings=settings)
+    checked["preview"] = preview_of(options.preview, entry, layout=layout, state=state, catalog=catalog)
+    return request_of(
+        tensor, facts | checked, options=options, entry=entry, layout=layout, state=state, geometry=geometry
+    )
+
+
+def request_of(
+    tensor: TensorFile,
+    checked: Mapping[str, Any],
+    *,
+    options: DecodeOptions,
+    entry: VaeEntry,
+    layout: LatentLayout,
+    state: LatentState,
+    geometry: Geometry,
+    kind: Kind = Kind.DECODE,
+) -> DecodeRequest:
+    """The request for a tensor that was measured, with `checked` facts and options. Copies what it holds."""
     job_id = options.job_id or new_job_id()
     sha256 = hashlib.sha256(tensor.data).hexdigest()  # the first use of `data`: the latents are copied here
     request = DecodeRequest(
@@ -159,22 +195,32 @@ def build_request(
         batch=geometry.batch,
         num_frames=geometry.num_frames,
         state=None if state is LAYOUTS[layout].state else str(state),
-        **facts,
+        kind=kind,
         **checked,
     )
     return dataclasses.replace(request, schema_version=request.needed_version)
 
 
-def check_noise(options: DecodeOptions) -> None:
+def check_noise(options: DecodeOptions, entry: VaeEntry) -> None:
     """Whether what is said of noise says all of it.
 
     Raises:
-        InvalidOption: a fact without the one it belongs to.
+        InvalidOption: a fact without the one it belongs to, two that say the same, or one that is missing.
     """
-    if (options.decode_noise_scale is not None or options.seed is not None) and options.decode_timestep is None:
-        name = "seed" if options.seed is not None else "decode_noise_scale"
+    given = [name for name in ("seed", "noise_state") if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise InvalidOption("noise_state is given beside seed: both say where noise starts", field="noise_state")
+    if entry.draws_noise and not given:
         raise InvalidOption(
-            f"{name} is given without decode_timestep, and no noise is mixed in without it: give both", field=name
+            f"seed is missing, and {entry.name} decodes from noise: give `seed`, or the pipeline's `generator`",
+            field="seed",
+        )
+    if options.decode_noise_scale is not None:
+        given.append("decode_noise_scale")
+    if given and options.decode_timestep is None and not entry.draws_noise:
+        raise InvalidOption(
+            f"{given[0]} is given without decode_timestep, and no noise is mixed in without it: give both",
+            field=given[0],
         )
 
 
@@ -219,9 +265,17 @@ def checked_options(
     metadata = checked_metadata(options.metadata, max_bytes=settings.max_metadata_bytes)
     _check_encoder(output, geometry, metadata)
     timeout_s = _seconds("timeout_s", options.timeout_s)
+    if timeout_s is not None and timeout_s < settings.timeout_min_s:
+        raise InvalidOption(
+            f"timeout_s is {timeout_s:g}, expected at least {settings.timeout_min_s:g} (LATENTQ_TIMEOUT_MIN_S): past "
+            "it the worker's process ends, and a device that is only slow would end with it",
+            field="timeout_s",
+        )
     if timeout_s is None:
         pixels = geometry.height * geometry.width * geometry.num_frames * geometry.batch
         timeout_s = max(settings.timeout_min_s, _TIMEOUT_FACTOR * pixels / _SLOWEST_PX_PER_S)
+    webhook = checked_webhook(options, settings)
+    own_secrets(options)
     return {
         "output": output,
         "fps": _fps(options.fps, entry),
@@ -229,7 +283,8 @@ def checked_options(
         "priority": _one_of(Priority, "priority", options.priority),
         "timeout_s": timeout_s,
         "start_within_s": _seconds("start_within_s", options.start_within_s),
-        "retention_s": _seconds("retention_s", options.retention_s) or settings.retention_s,
+        "retention_s": retention_with_webhook(_seconds("retention_s", options.retention_s), webhook, settings),
+        "webhook": webhook,
         "scaling_factor": _factor("scaling_factor", options.scaling_factor),
         "shift_factor": _factor("shift_factor", options.shift_factor),
         "metadata": metadata,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Final
 
 from broker_config.errors import BlobMissing, LatentqError, ResultExpired
@@ -20,15 +21,28 @@ LONGEST_PAUSE_S: Final = 0.5
 class SubmitAttempt:
     """Latents on their way in. `once` may be called again after `QueueFull`; it stores nothing twice."""
 
-    def __init__(self, request: DecodeRequest, tensor: TensorFile, *, store: JobStore, blobs: TieredBlobStore) -> None:
+    def __init__(
+        self,
+        request: DecodeRequest,
+        tensor: TensorFile,
+        *,
+        store: JobStore,
+        blobs: TieredBlobStore,
+        secrets: Sequence[str] = (),
+    ) -> None:
         """Args:
         request: its `latents` are a draft.
         tensor: the latents' file.
         store: accepts the job.
         blobs: takes the latents.
+        secrets: sign the job's webhook; none: its key's, or the default ones.
         """
-        self._request = request
-        self._tensor = tensor
+        #: The job; its `latents` are a draft.
+        self.request = request
+        #: The latents' file.
+        self.tensor = tensor
+        #: What signs its webhook.
+        self.secrets = tuple(secrets)
         self._store = store
         self._blobs = blobs
         self.job_id = request.job_id
@@ -55,20 +69,21 @@ class SubmitAttempt:
 
     def _accept(self) -> bool:
         """Latents that lie in the broker go with the job, in one script; others come first, once there is room."""
-        size = self._request.latents.size_bytes
+        size = self.request.latents.size_bytes
         if self._blobs.is_inline(size):
-            return self._store.submit(self._request, self._tensor.data)
-        if not self._store.admit(self._request, in_broker=self._blobs.lies_in_broker(size)):
+            return self._store.submit(self.request, self.tensor.data, secrets=self.secrets)
+        if not self._store.admit(self.request, in_broker=self._blobs.lies_in_broker(size)):
             return False
-        latents = self._blobs.put(self._request.latents.name, self._tensor.data)
-        return self._store.submit(dataclasses.replace(self._request, latents=latents))
+        latents = self._blobs.put(self.request.latents.name, self.tensor.data)
+        return self._store.submit(dataclasses.replace(self.request, latents=latents), secrets=self.secrets)
 
 
 class RedecodeAttempt:
     """A new job for latents that are stored already. `once` may be called again after `QueueFull`."""
 
-    def __init__(self, request: DecodeRequest, *, store: JobStore) -> None:
+    def __init__(self, request: DecodeRequest, *, store: JobStore, secrets: Sequence[str] = ()) -> None:
         self._request = request
+        self._secrets = tuple(secrets)
         self._store = store
         self.job_id = request.job_id
 
@@ -81,7 +96,7 @@ class RedecodeAttempt:
             ResultExpired: the latents are gone.
         """
         try:
-            return self._store.submit(self._request)
+            return self._store.submit(self._request, secrets=self._secrets)
         except BlobMissing:
             raise latents_gone(str(self._request.source_job_id)) from None
 

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -46,6 +46,19 @@ class Child:
     pause_s: float = _PAUSE_FIRST_S
     restarts: int = 0
     statuses: list[int] = field(default_factory=list)
+
+
+def dying_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
+    """What a child runs first so that it gets a signal when we die: when the thread ends, in fact, that starts it."""
+    parent = os.getpid()
+
+    def ask() -> None:
+        if _LIBC is not None:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, number)
+            if os.getppid() != parent:  # it died before we could ask
+                os._exit(EXIT_UNUSABLE)
+
+    return ask
 
 
 class Supervisor:
@@ -112,19 +125,11 @@ class Supervisor:
 
     def _spawn(self, child: Child) -> None:
         child.started = time.monotonic()
-        parent = os.getpid()
-
-        def die_with_parent() -> None:
-            if _LIBC is not None:
-                _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-                if os.getppid() != parent:  # it died before we could ask
-                    os._exit(EXIT_UNUSABLE)
-
         child.process = subprocess.Popen(
             child.command,
             env=dict(child.environment),
             stdin=subprocess.DEVNULL,
-            preexec_fn=die_with_parent,
+            preexec_fn=dying_with_parent(),
             start_new_session=True,  # Ctrl-C reaches the supervisor alone, which ends the children in order
         )
         logger.info(

@@ -11,7 +11,7 @@ import sys
 import typer
 
 from broker_config.errors import ConfigurationError, LatentqError
-from producer.cli import jobs, keys, operations, services
+from producer.cli import generate, jobs, keys, operations, services, spool, submit, webhooks
 
 app = typer.Typer(
     name="latentq",
@@ -22,9 +22,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 services.register(app)
+submit.register(app)
 jobs.register(app)
 operations.register(app)
 keys.register(app)
+webhooks.register(app)
+generate.register(app)
+spool.register(app)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Commands about jobs: submit, status, result, cancel, redecode, ack, and the list of VAEs."""
+"""Commands about jobs: status, result, cancel, redecode, ack, and the list of VAEs."""
 
 from __future__ import annotations
 
@@ -15,84 +15,34 @@ from broker_config.errors import InvalidOption, JobNotFinished
 from broker_config.messages import Artifact, JobSnapshot, JobStatus
 from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
+from producer.cli.job_options import (
+    OptFps,
+    OptMetadata,
+    OptMode,
+    OptOutput,
+    OptRetention,
+    OptTimeout,
+    OptWait,
+    OptWebhook,
+    OptWebhookEvents,
+    OptWebhookSecret,
+    after_submit,
+    pairs,
+    secret_in,
+)
 from producer.cli.services import become
 from producer.client import DecodeClient
-from producer.job_handle import JobHandle
 from producer.pipelines import served_by
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as `submit` printed it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-OptOutput = Annotated[str | None, typer.Option(help="png, jpg, webp, mp4, tensor or uint8.")]
-OptMetadata = Annotated[
-    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Written into the artifacts; repeatable.")
-]
-OptFps = Annotated[float | None, typer.Option(help="Frames per second of an mp4.")]
-OptMode = Annotated[str | None, typer.Option(help="exact or fast.")]
-OptTimeout = Annotated[float | None, typer.Option("--timeout", help="Longest attempt, seconds.")]
-OptRetention = Annotated[
-    float | None, typer.Option("--retention", help="How long latents and result stay after the end, seconds.")
-]
-OptWait = Annotated[bool, typer.Option("--wait", help="Wait until the job ended.")]
-OptPriority = Annotated[str, typer.Option(help="high, normal or low.")]
-OptProvenance = Annotated[
-    bool, typer.Option("--provenance/--no-provenance", help="Whether artifacts say how they were made.")
-]
-
 _console = Console()
 
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to `app`."""
-    for command in (submit, status, result, cancel, redecode, ack, vaes):
+    for command in (status, result, cancel, redecode, ack, vaes):
         app.command()(command)
-
-
-def submit(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="safetensors file with one tensor of latents.")],
-    vae: Annotated[str | None, typer.Option(help="Catalogue entry; `latentq vaes` lists them.")] = None,
-    pipeline: Annotated[
-        str | None,
-        typer.Option(metavar="CLASS", help="diffusers pipeline they are of: tells VAE and layout."),
-    ] = None,
-    layout: Annotated[str | None, typer.Option(help="Latent layout, where the VAE takes several.")] = None,
-    state: Annotated[str | None, typer.Option(help="Normalisation the latents carry, if not the VAE's usual.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; needed for packed latents.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; needed for packed latents.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames of each clip.")] = None,
-    output: OptOutput = None,
-    fps: OptFps = None,
-    mode: OptMode = None,
-    priority: OptPriority = "normal",
-    timeout_s: OptTimeout = None,
-    start_within_s: Annotated[float | None, typer.Option("--start-within", help="Longest wait, seconds.")] = None,
-    retention_s: OptRetention = None,
-    metadata: OptMetadata = None,
-    provenance: OptProvenance = True,
-    job_id: Annotated[str | None, typer.Option("--id", help="Your own id; the same id is the same job.")] = None,
-    wait: OptWait = False,
-) -> None:
-    """Hand latents over; prints the job's id."""
-    named: dict[str, Any] = {"vae": vae, "layout": layout, "state": state}
-    with DecodeClient.from_env() as client:
-        job = client.submit_file(
-            file,
-            pipeline=pipeline,
-            **{name: value for name, value in named.items() if value is not None},
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            output=output,
-            fps=fps,
-            mode=mode,
-            priority=priority,
-            timeout_s=timeout_s,
-            start_within_s=start_within_s,
-            retention_s=retention_s,
-            metadata=_pairs(metadata),
-            provenance=provenance,
-            job_id=job_id,
-        )
-        _after_submit(job, wait=wait)
 
 
 def redecode(
@@ -104,6 +54,9 @@ def redecode(
     timeout_s: OptTimeout = None,
     retention_s: OptRetention = None,
     metadata: OptMetadata = None,
+    webhook: OptWebhook = None,
+    webhook_events: OptWebhookEvents = None,
+    webhook_secret: OptWebhookSecret = None,
     wait: OptWait = False,
 ) -> None:
     """Decode a job's retained latents again, with other options; prints the new job's id."""
@@ -114,11 +67,14 @@ def redecode(
         "priority": priority,
         "timeout_s": timeout_s,
         "retention_s": retention_s,
-        "metadata": _pairs(metadata) if metadata else None,
+        "metadata": pairs(metadata) if metadata else None,
+        "webhook": webhook,
+        "webhook_events": webhook_events,
+        "webhook_secret": secret_in(webhook_secret),
     }
     with DecodeClient.from_env() as client:
         job = client.redecode(job_id, **{name: value for name, value in asked.items() if value is not None})
-        _after_submit(job, wait=wait)
+        after_submit(job, wait=wait)
 
 
 def status(job_id: JobId, as_json: AsJson = False) -> None:
@@ -188,27 +144,6 @@ def vaes(
             _console.print(f"[dim]{field:>14}[/dim]  {_cell(value)}", highlight=False, soft_wrap=True)
     else:
         _console.print(_vae_table(chosen))
-
-
-def _after_submit(job: JobHandle, *, wait: bool) -> None:
-    typer.echo(job.id)
-    snapshot = job.snapshot()
-    if not snapshot.served and not snapshot.status.is_terminal:
-        typer.echo(f"note: no worker serves {snapshot.vae} now; the job waits for one", err=True)
-    if wait:
-        snapshot = job.wait()
-        typer.echo(snapshot.status, err=True)
-        job.result()
-
-
-def _pairs(items: list[str] | None) -> dict[str, str]:
-    pairs = {}
-    for item in items or []:
-        key, separator, value = item.partition("=")
-        if not separator:
-            raise InvalidOption(f"--metadata {item!r} is not KEY=VALUE", field="metadata")
-        pairs[key] = value
-    return pairs
 
 
 def describe(snapshot: JobSnapshot) -> dict[str, str]:

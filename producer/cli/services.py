@@ -1,4 +1,4 @@
-"""Commands that run things: up, demo, worker, janitor, gateway, bench."""
+"""Commands that run things: up, demo, worker, janitor, gateway, courier, bench."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
     app.command(context_settings=_PASS_ON)(worker)
     app.command(context_settings=_PASS_ON)(janitor)
     app.command(context_settings=_PASS_ON)(gateway)
+    app.command(context_settings=_PASS_ON)(courier)
     app.command(context_settings=_PASS_ON)(bench)
 
 
@@ -31,7 +32,7 @@ def up(
     workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
     with_gateway: Annotated[bool, typer.Option("--gateway/--no-gateway", help="Whether to serve HTTP, too.")] = True,
 ) -> None:
-    """Run everything on this machine until stopped: broker, worker, janitor, gateway."""
+    """Run everything on this machine until stopped: broker, worker, janitor, gateway, courier."""
     from producer.gateway.settings import load_gateway_settings
     from producer.local_stack import GatewayAddress, LocalStack
 
@@ -67,6 +68,11 @@ def janitor(context: typer.Context) -> None:
 def gateway(context: typer.Context) -> None:
     """Run a gateway: HTTP for clients without Redis, and the status page. Several may run."""
     become("producer.gateway", context.args)
+
+
+def courier(context: typer.Context) -> None:
+    """Run a courier: delivers webhooks. Several may run; they share the work."""
+    become("worker.courier", context.args)
 
 
 def bench(context: typer.Context) -> None:

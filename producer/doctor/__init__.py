@@ -14,10 +14,12 @@ from broker_config.job_audit import audit_jobs
 from broker_config.queue_report import QueueReport
 from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeCatalog
+from broker_config.webhook_deliveries import WebhookDeliveries
 from producer.doctor.broker_checks import BROKER_CHECKS
 from producer.doctor.finding import Finding, Level, Observations, ok, problem
 from producer.doctor.job_checks import JOB_CHECKS
 from producer.doctor.store_check import look_at_store
+from producer.doctor.webhook_check import webhooks
 
 __all__ = ["DEFAULT_LONG_WAIT_S", "DEFAULT_MAX_KEYS", "Diagnosis", "Finding", "Level", "diagnose"]
 
@@ -67,7 +69,7 @@ def diagnose(
     finally:
         connections.close()
     findings.append(ok("broker", f"{seen.url} answers"))
-    return Diagnosis(findings=(*findings, *(check(seen) for check in (*BROKER_CHECKS, *JOB_CHECKS))))
+    return Diagnosis(findings=(*findings, *(check(seen) for check in (*BROKER_CHECKS, *JOB_CHECKS, webhooks))))
 
 
 def observe(connections: Connections, settings: Settings, *, long_wait_s: float, max_keys: int) -> Observations:
@@ -86,6 +88,7 @@ def observe(connections: Connections, settings: Settings, *, long_wait_s: float,
         leases=report.leases(slack_s=_LEASE_SLACK_S),
         suspended=report.suspended(),
         store=look_at_store(connections, settings),
+        webhooks=WebhookDeliveries(connections, settings).counts(),
         audit=audit_jobs(connections, max_keys=max_keys),
         long_wait_s=long_wait_s,
     )

@@ -87,20 +87,29 @@ def aof(seen: Observations) -> Finding:
 
 
 def fsync(seen: Observations) -> Finding:
-    """A killed broker loses nothing either way; a host without power does."""
+    """Only `always` answers after the write is in the file. With `everysec` one that comes during an fsync waits
+    in the server's memory, for up to 2 s, and is answered all the same (aof.c `flushAppendOnlyFile`)."""
     policy = seen.facts.appendfsync
     if not seen.facts.aof:
         return ok("fsync", "does not matter while the append-only file is off")
     if policy is None:
         return ok("fsync", "unknown: this broker forbids CONFIG")
+    if policy == "no" and seen.settings.redis_url is None:
+        return ok("fsync", "each second, by the process that runs the broker: a loss of power loses the last one")
     if policy == "no":
         return warning(
             "fsync",
             "appendfsync is no: a loss of power loses what the system had not written yet, up to half a minute",
-            fix="`CONFIG SET appendfsync everysec`, or `always` if not even a second may be lost",
+            fix="`CONFIG SET appendfsync always`",
         )
-    lost = "up to a second of jobs" if policy == "everysec" else "nothing"
-    return ok("fsync", f"{policy}: a loss of power loses {lost}")
+    if policy == "everysec":
+        return warning(
+            "fsync",
+            "appendfsync is everysec: a broker that is killed may lose what it accepted during its last fsync, up to "
+            "two seconds; a loss of power the last second",
+            fix="`CONFIG SET appendfsync always`",
+        )
+    return ok("fsync", f"{policy}: neither a killed broker nor a loss of power loses an accepted job")
 
 
 def disk(seen: Observations) -> Finding:

@@ -10,6 +10,7 @@ from broker_config.broker_facts import BrokerFacts
 from broker_config.job_audit import JobAudit
 from broker_config.queue_report import LeaseState, QueueState, Totals
 from broker_config.settings import Settings
+from broker_config.webhook_deliveries import WebhookCounts
 from producer.doctor.store_check import StoreState
 
 
@@ -51,6 +52,7 @@ class Observations:
     #: Whether RQ's own `rq suspend` holds every worker.
     suspended: bool
     store: StoreState
+    webhooks: WebhookCounts
     audit: JobAudit
     #: A job that waits longer than this is worth a look.
     long_wait_s: float

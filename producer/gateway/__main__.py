@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         connections = connect(settings, name="latentq-gateway")
         sys.setswitchinterval(SWITCH_S)
         try:
-            check_startable(connections, own, catalog)
+            check_startable(connections, settings, own, catalog=catalog)
             asyncio.run(serve(build_app(connections, settings, own, catalog=catalog), own, announce=_say))
         finally:
             connections.close()

@@ -11,25 +11,35 @@ import base64
 import binascii
 import hmac
 import ipaddress
+import time
 from typing import Final
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from broker_config.errors import BadRequest, NotAllowed, NotAuthenticated, WrongHost
+from broker_config.errors import BadRequest, LinkInvalid, NotAllowed, NotAuthenticated, WrongHost
+from broker_config.link_signing import EXPIRES, SIGNATURE
+from producer.gateway.api_keys import Scope
 from producer.gateway.context import Gateway
-from producer.gateway.identity import LOCAL, Identity
+from producer.gateway.identity import LINK, LOCAL, Identity
+from producer.gateway.reach import Reach
 from producer.gateway.sessions import COOKIE
-from producer.gateway.settings import GatewaySettings
 
 CSRF_HEADER: Final = "X-CSRF-Token"
+#: A look at a key or a session is a round trip or two, for each stream.
+_READMIT_S: Final = 3.0
 _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 #: Set by proxies: then "from this machine" says nothing.
 _PROXY_HEADERS: Final = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP")
 
 
-def check_origin(request: web.Request, settings: GatewaySettings) -> None:
+def check_origin(request: web.Request, reach: Reach, *, linked: bool = False) -> None:
     """Refuses what is addressed to someone else, or sent by another site's page.
+
+    Args:
+        request: what is asked.
+        reach: our names.
+        linked: it brings a signed link. That is what lets it in, no cookie and no address, so a page may show it.
 
     Raises:
         BadRequest: not one Host header.
@@ -40,16 +50,17 @@ def check_origin(request: web.Request, settings: GatewaySettings) -> None:
     if len(hosts) != 1:
         raise BadRequest(f"the request has {len(hosts)} Host headers, expected one")
     host = _hostname(hosts[0])
-    if not _is_ours(host, settings):
+    if not _is_ours(host, reach):
         raise WrongHost(
             f"{host[:80]!r} is not a name of this gateway: add it to LATENTQ_GATEWAY_ALLOWED_HOSTS if it is"
         )
-    if request.headers.get("Sec-Fetch-Site", "none") in ("cross-site", "same-site") and not _is_navigation(request):
+    foreign = request.headers.get("Sec-Fetch-Site", "none") in ("cross-site", "same-site")
+    if foreign and not linked and not _is_navigation(request):
         raise NotAllowed("another site's page sent this request")
     origin = request.headers.get("Origin")
     if request.method in _SAFE or origin is None:
         return
-    if urlsplit(origin).netloc.lower() != hosts[0].lower() and origin != (settings.public_url or "").rstrip("/"):
+    if _netloc(origin) != hosts[0].lower() and origin != reach.public_url:
         raise NotAllowed(f"a page of {origin[:80]!r} sent this request, which is not this gateway")
 
 
@@ -75,9 +86,42 @@ async def identify(request: web.Request, gateway: Gateway) -> Identity:
         ):
             raise NotAllowed(f"a session must send its {CSRF_HEADER}, which GET /session says")
         return Identity(key=session.key, via="session", csrf=session.csrf)
-    if gateway.own.needs_key or any(name in request.headers for name in _PROXY_HEADERS):
+    if gateway.reach.needs_key or any(name in request.headers for name in _PROXY_HEADERS):
         raise NotAuthenticated()
     return LOCAL
+
+
+class Readmittance:
+    """Asks again, now and then, who it is that has watched for long: a key may be revoked, a session may end."""
+
+    def __init__(self, request: web.Request, gateway: Gateway, identity: Identity) -> None:
+        self._request = request
+        self._gateway = gateway
+        self._identity = identity
+        self._next = time.monotonic() + _READMIT_S
+
+    async def check(self) -> None:
+        """Raises `NotAuthenticated` or `NotAllowed` if it would not be let in any more."""
+        if time.monotonic() < self._next:
+            return
+        found = await identify(self._request, self._gateway)
+        found.require(Scope.READ)
+        if found.name != self._identity.name:
+            raise NotAuthenticated()
+        self._next = time.monotonic() + _READMIT_S
+
+
+def identify_link(request: web.Request, gateway: Gateway) -> Identity:
+    """Who has a signed link: nobody we know, who may read this one thing. No key and no cookie is looked at.
+
+    Raises:
+        LinkInvalid, LinkExpired: the link does not open it.
+    """
+    query = request.query
+    if gateway.links is None or any(len(query.getall(name, ())) != 1 for name in (EXPIRES, SIGNATURE)):
+        raise LinkInvalid()
+    gateway.links.check(request.path, expires=query[EXPIRES], signature=query[SIGNATURE])
+    return LINK
 
 
 def _token(header: str) -> tuple[str, str]:
@@ -93,6 +137,14 @@ def _token(header: str) -> tuple[str, str]:
     raise NotAuthenticated("the Authorization header is neither Bearer nor Basic")
 
 
+def _netloc(origin: str) -> str:
+    """Host and port of an origin; empty: it is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
+
+
 def _hostname(header: str) -> str:
     """The name in a Host header, without its port."""
     if header.startswith("["):
@@ -101,14 +153,14 @@ def _hostname(header: str) -> str:
     return (name if name and port.isdigit() else header).lower().rstrip(".")
 
 
-def _is_ours(host: str, settings: GatewaySettings) -> bool:
-    if host in settings.names:
+def _is_ours(host: str, reach: Reach) -> bool:
+    if host in reach.names:
         return True
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return False
-    return address.is_loopback or not settings.is_loopback
+    return address.is_loopback or not reach.is_loopback
 
 
 def _is_navigation(request: web.Request) -> bool:

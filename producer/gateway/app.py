@@ -2,19 +2,15 @@
 
 DESIGN. One process, one loop, and the small pools of threads of `AsyncDecodeClient`. Nothing that outlives a request is
 kept here: jobs, keys, sessions, rates and figures are the broker's, so any gateway answers any poll. Whatever may take
-long is bounded: bodies and answers by a rate, waits by a setting, and connections that neither ask nor read by the
-sweep below, since aiohttp itself waits for a first request without end.
+long is bounded: bodies and answers by a rate, waits by a setting, connections by what `connections.py` says.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
-import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 from aiohttp import web
 
@@ -23,15 +19,15 @@ from broker_config.errors import ConfigurationError
 from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeCatalog
 from producer.gateway.api_keys import ApiKeys
+from producer.gateway.connections import Runner
 from producer.gateway.context import GATEWAY, build_gateway
 from producer.gateway.middlewares import add_safe_headers, admit, answer_errors, count
+from producer.gateway.reach import Reach
 from producer.gateway.routes import add_routes
 from producer.gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
 
-#: How often connections are looked at.
-_SWEEP_S = 1.0
 #: Longest request line that is parsed at all; aiohttp refuses longer ones in words of its own, we the others.
 _LINE_BYTES = 1 << 16
 #: How long running requests may take when the gateway is told to stop.
@@ -56,11 +52,11 @@ def build_app(
     return app
 
 
-def check_startable(connections: Connections, own: GatewaySettings, catalog: VaeCatalog) -> None:
+def check_startable(connections: Connections, settings: Settings, own: GatewaySettings, *, catalog: VaeCatalog) -> None:
     """Raises `ConfigurationError` if the gateway would let strangers in, or nobody."""
     if own.default_vae is not None:
         catalog[own.default_vae]
-    if not own.needs_key:
+    if not Reach.of(settings, own).needs_key:
         return
     if not any(not key.revoked_ms for key in ApiKeys(connections).list()):
         raise ConfigurationError(
@@ -86,8 +82,9 @@ async def serve(
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ended.set)
-    runner = web.AppRunner(
+    runner = Runner(
         app,
+        own,
         access_log=None,
         handle_signals=False,
         shutdown_timeout=_STOP_S,
@@ -98,7 +95,6 @@ async def serve(
         auto_decompress=False,  # a body of latents is not compressed; one that is could be a thousand times as long
     )
     await runner.setup()
-    sweeper = asyncio.create_task(sweep(runner, own), name="sweep-connections")
     try:
         await web.TCPSite(runner, own.host, own.port, backlog=1024).start()
         host, port = runner.addresses[0][:2]
@@ -113,22 +109,4 @@ async def serve(
             "LATENTQ_GATEWAY_PORT"
         ) from error
     finally:
-        sweeper.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await sweeper
         await runner.cleanup()
-
-
-async def sweep(runner: web.AppRunner, own: GatewaySettings) -> None:
-    """Closes connections that have had no request for too long, and the newest ones while there are too many."""
-    idle_since: dict[Any, float] = {}
-    while True:
-        await asyncio.sleep(_SWEEP_S)
-        now = time.monotonic()
-        handlers = list(runner.server.connections) if runner.server is not None else []
-        idle = [handler for handler in handlers if handler._current_request is None]
-        idle_since = {handler: idle_since.get(handler, now) for handler in idle}
-        excess = len(handlers) - own.max_connections
-        for number, (handler, since) in enumerate(sorted(idle_since.items(), key=lambda item: -item[1])):
-            if number < excess or now - since > own.patience_s:
-                handler.force_close()

@@ -9,18 +9,23 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 
 from broker_config.connection import Connections
+from broker_config.link_signing import LinkSigner
 from broker_config.settings import Settings
 from broker_config.tally import Tallies
+from broker_config.url_guard import UrlGuard
 from broker_config.vae_catalog import VaeCatalog
+from broker_config.webhook_deliveries import WebhookDeliveries
+from broker_config.webhook_secrets import WebhookSecrets
 from producer.async_client import AsyncDecodeClient
 from producer.gateway.api_keys import ApiKey, ApiKeys
+from producer.gateway.byte_gate import ByteGate
 from producer.gateway.identity import Identity
 from producer.gateway.looking import Lookout
+from producer.gateway.reach import Reach
 from producer.gateway.sessions import Sessions
 from producer.gateway.settings import GatewaySettings
 from producer.gateway.streams import StreamGate
 from producer.gateway.throttle import Throttle
-from producer.gateway.uploads import UploadGate
 from producer.operations import Operations
 
 if TYPE_CHECKING:
@@ -38,17 +43,24 @@ class Gateway:
 
     settings: Settings
     own: GatewaySettings
+    reach: Reach
     client: AsyncDecodeClient
     keys: ApiKeys
     sessions: Sessions
     throttle: Throttle
     operations: Operations
     tallies: Tallies
-    uploads: UploadGate
+    uploads: ByteGate
+    downloads: ByteGate
     streams: StreamGate
     metrics: GatewayMetrics
     overviews: Overviews
     lookout: Lookout
+    #: None: links are not configured, so there are none.
+    links: LinkSigner | None
+    deliveries: WebhookDeliveries
+    secrets: WebhookSecrets
+    guard: UrlGuard
     _known: dict[str, tuple[float, ApiKey | None]] = field(default_factory=dict)
 
     async def key_of_token(self, token: str) -> ApiKey | None:
@@ -79,18 +91,27 @@ def build_gateway(
     operations = Operations(client.blocking)
     keys = ApiKeys(connections)
     tallies = Tallies(connections)
+    deliveries = WebhookDeliveries(connections, settings)
     return Gateway(
         settings=settings,
         own=own,
+        reach=Reach.of(settings, own),
         client=client,
         keys=keys,
         sessions=Sessions(connections, keys, own),
         throttle=Throttle(connections, own),
         operations=operations,
         tallies=tallies,
-        uploads=UploadGate(own),
+        uploads=ByteGate("read", most=own.max_uploads, most_bytes=own.max_uploads_bytes, share=own.max_key_share),
+        downloads=ByteGate(
+            "sent", most=own.max_connections, most_bytes=own.max_downloads_bytes, share=own.max_key_share
+        ),
         streams=StreamGate(own),
-        metrics=GatewayMetrics(client, operations, tallies),
+        metrics=GatewayMetrics(client, operations, tallies, deliveries),
         overviews=Overviews(client, operations, tallies),
         lookout=Lookout(client),
+        deliveries=deliveries,
+        secrets=WebhookSecrets(connections),
+        guard=UrlGuard.of(settings),
+        links=LinkSigner(settings.link_keys, settings.public_url or "") if settings.link_keys else None,
     )

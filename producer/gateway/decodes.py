@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, Final
 
-from aiohttp import web
+from aiohttp import BodyPartReader, web
 
 from broker_config.errors import (
     BadRequest,
@@ -15,20 +14,22 @@ from broker_config.errors import (
     JobNotFinished,
     LatentqError,
     MediaTypeUnsupported,
+    UploadTooSlow,
     WaitTimeout,
 )
+from broker_config.job_document import Job, job_url
 from broker_config.messages import JobSnapshot, JobStatus
-from producer.gateway import jobs
+from producer.gateway import job_lists, jobs
 from producer.gateway.api_keys import Scope
 from producer.gateway.context import Gateway
-from producer.gateway.error_responses import problem
+from producer.gateway.error_responses import as_told, problem
 from producer.gateway.identity import Identity
-from producer.gateway.job_views import job_url, show_jobs
+from producer.gateway.job_views import show_jobs
 from producer.gateway.query import only, options_of, options_of_json, read, seconds, whole
-from producer.gateway.schemas import Batch, BatchItem, Job, JobPage
+from producer.gateway.schemas import Batch, BatchItem, JobPage
 from producer.gateway.streams import json_response
 from producer.gateway.submit_bodies import MULTIPART, Parts, SubmitBody, most_bytes
-from producer.gateway.uploads import deadline_for, length_of, small_body
+from producer.gateway.uploads import length_of, small_json
 
 #: When it is worth looking again at a job that has not ended.
 _LOOK_AGAIN: Final = "1"
@@ -74,14 +75,7 @@ async def redecode(request: web.Request) -> web.StreamResponse:
     """`POST /v1/decodes/{id}/redecode`: a new job from the same latents."""
     gateway, identity = jobs.context(request)
     options = options_of(request.query)
-    text = await small_body(request, gateway.own)
-    if text:
-        try:
-            options |= options_of_json(json.loads(text.decode()))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, LatentqError):
-                raise
-            raise BadRequest("the body is not JSON") from None
+    options |= options_of_json(await small_json(request, gateway.own, default={}))
     job = await jobs.find_to_change(gateway, identity, request.match_info["id"])
     again, new = await jobs.redecode(gateway, identity, job, options)
     return await _answer(gateway, identity, again, status=202 if new else 200, made=True)
@@ -109,7 +103,7 @@ async def list_jobs(request: web.Request) -> web.StreamResponse:
         raise InvalidOption(f"limit is {limit}, expected 1 to {MOST_JOBS}", field="limit")
 
     def look() -> JobPage:
-        page = jobs.page_of(
+        page = job_lists.page_of(
             gateway, identity, status=status, vae=query.get("vae"), limit=limit, cursor=query.get("cursor")
         )
         return JobPage(jobs=show_jobs(gateway.client.store, page.jobs, identity), next_cursor=page.cursor)
@@ -121,14 +115,15 @@ async def list_jobs(request: web.Request) -> web.StreamResponse:
 async def create_batch(request: web.Request) -> web.StreamResponse:
     """`POST /v1/decodes/batch`: several jobs in one multipart body; each is accepted or refused by itself."""
     gateway, identity = jobs.context(request)
+    identity.require(Scope.SUBMIT)
     only(request.query)
     if request.content_type != MULTIPART:
         raise MediaTypeUnsupported(f"a batch is {MULTIPART}: a part `jobs`, then one part of latents for each job")
     most = min(most_bytes(gateway, jobs=gateway.own.max_batch_jobs), gateway.own.max_uploads_bytes)
     length = length_of(request, most=most)
     items: list[BatchItem] = []
-    with gateway.uploads.admitted(length):
-        parts = Parts(request, gateway, deadline=deadline_for(length, gateway.own))
+    with gateway.uploads.admitted(identity, length):
+        parts = Parts(request, gateway)
         part = await parts.next()
         forms = await parts.json(part) if part is not None and part.name == "jobs" else None
         if not isinstance(forms, list) or not all(isinstance(form, dict) for form in forms) or not forms:
@@ -139,8 +134,8 @@ async def create_batch(request: web.Request) -> web.StreamResponse:
             part = await parts.next()
             if part is None:
                 raise BadRequest(f"the batch has {len(forms)} jobs and latents for {len(items)} of them")
-            items.append(await _batch_item(request, gateway, identity, form, parts.latents(part, form)))
-            await part.release()
+            items.append(await _batch_item(request, parts, part, form))
+            await parts.skip(part)
         if await parts.next() is not None:
             raise BadRequest(f"the batch has more parts than the {len(forms)} jobs need")
     return json_response(Batch(items=items), status=200)
@@ -166,7 +161,7 @@ def preferred_wait_s(request: web.Request) -> float | None:
 async def _submit(request: web.Request, gateway: Gateway, identity: Identity, *, name: str | None) -> web.Response:
     identity.require(Scope.SUBMIT)
     body = SubmitBody(gateway, request)
-    with gateway.uploads.admitted(body.length):
+    with gateway.uploads.admitted(identity, body.length):
         options, read_latents = await body.read()
         if name is not None:
             if options.get("job_id", name) != name:
@@ -183,18 +178,18 @@ async def _submit(request: web.Request, gateway: Gateway, identity: Identity, *,
     return await _answer(gateway, identity, job, status=status, made=True, headers=applied)
 
 
-async def _batch_item(
-    request: web.Request, gateway: Gateway, identity: Identity, form: dict[str, Any], read_latents: jobs.ReadLatents
-) -> BatchItem:
+async def _batch_item(request: web.Request, parts: Parts, part: BodyPartReader, form: dict[str, Any]) -> BatchItem:
+    gateway, identity = jobs.context(request)
     try:
         options = options_of_json(form, besides=("shape", "dtype"))
+        read_latents = parts.latents(part, form)
         job, _ = await jobs.submit(gateway, identity, read_latents, options)
         (shown,) = await gateway.client.run(show_jobs, gateway.client.store, [job], identity)
         return BatchItem(job=shown)
-    except BadRequest:  # the body is broken: nothing after this can be read
+    except (BadRequest, UploadTooSlow):  # nothing after this can be read
         raise
     except LatentqError as error:
-        return BatchItem(error=problem(error, instance=request.path))
+        return BatchItem(error=problem(as_told(error, identity), instance=request.path))
 
 
 async def _answer(

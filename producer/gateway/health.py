@@ -7,8 +7,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from broker_config.broker_facts import write_refusal
 from broker_config.errors import LatentqError
+from producer.gateway.admittance import identify
 from producer.gateway.api_keys import Scope
-from producer.gateway.context import GATEWAY, IDENTITY, Gateway
+from producer.gateway.context import GATEWAY, Gateway
+from producer.gateway.middlewares import OPEN
 from producer.gateway.schemas import Readiness
 from producer.gateway.streams import json_response
 
@@ -29,25 +31,28 @@ async def metrics(request: web.Request) -> web.StreamResponse:
     """Everything for Prometheus."""
     gateway = request.app[GATEWAY]
     if not gateway.own.open_metrics:
-        request[IDENTITY].require(Scope.READ_ALL)
+        (await identify(request, gateway)).require(Scope.READ_ALL)
     gateway.metrics.streams.set(gateway.streams.open.total())
     gateway.metrics.uploads.set(gateway.uploads.count)
     text = await gateway.client.run(gateway.metrics.text)
     return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST, "Cache-Control": "no-store"})
 
 
+#: It asks by itself who asks, since a setting may say that anyone may.
+setattr(metrics, OPEN, True)
+
+
 def _readiness(gateway: Gateway) -> Readiness:
     try:
         gateway.client.blocking.ping()
         refusal = write_refusal(gateway.client.store.connections)
-        totals = gateway.operations.report.totals()
+        full = gateway.client.store.full()
     except LatentqError as error:
         return Readiness(ready=False, broker=error.code, admission="unknown")
-    limits = gateway.settings
     if refusal is not None:
         admission = "broker_refuses_writes"
-    elif totals.jobs >= limits.max_pending_jobs or totals.latents_bytes >= limits.max_pending_bytes:
-        admission = "queue_full"
+    elif full is not None:
+        admission = "memory_full" if full == "memory" else "queue_full"
     else:
         admission = "open"
     return Readiness(ready=admission == "open", broker="answers", admission=admission)

@@ -8,16 +8,15 @@ same job at every gateway, and a tombstone still says whose it was.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from broker_config.errors import InvalidOption, JobNotFound, NotAllowed
 from broker_config.messages import check_job_id
+from broker_config.scoped_ids import key_of, scoped, shown_to
 from producer.gateway.api_keys import ApiKey, Scope
 
-_SCOPED = re.compile(r"k_([a-z2-7]{8})_(.+)")
 #: Longest name that fits behind `k_<key id>_` in a job id of 64 characters.
 _LONGEST: Final = 53
 
@@ -28,7 +27,7 @@ class Identity:
 
     #: None: everyone on this machine, who may do everything.
     key: ApiKey | None
-    #: `none`, `bearer`, `basic` or `session`.
+    #: `none`, `bearer`, `basic`, `session` or `link`.
     via: str
     #: Must accompany what changes something, from a session.
     csrf: str | None = None
@@ -36,6 +35,8 @@ class Identity:
     @property
     def granted(self) -> frozenset[Scope]:
         """What it may do."""
+        if self.via == "link":
+            return frozenset({Scope.READ})
         return frozenset(Scope) if self.key is None else self.key.granted
 
     @property
@@ -59,11 +60,11 @@ class Identity:
         Raises:
             InvalidOption: not an id, or one that looks like another key's.
         """
-        if _SCOPED.fullmatch(check_job_id(name)):
+        if key_of(check_job_id(name)) is not None:
             raise InvalidOption(
                 "ids that begin with k_ and a key's id are the gateway's own: choose another", field="job_id"
             )
-        return name if self.key is None else f"k_{self.key.id}_{_short(name)}"
+        return name if self.key is None else scoped(self.key.id, _short(name))
 
     def candidates(self, name: str) -> Sequence[str]:
         """The broker's ids that `name` may mean to this one, the likeliest first.
@@ -77,10 +78,10 @@ class Identity:
             raise JobNotFound(f"no job {name[:80]!r}: that is not an id") from None
         if self.key is None:
             return [name]
-        own = f"k_{self.key.id}_{_short(name)}"
+        own = scoped(self.key.id, _short(name))
         if not self.sees_all:
             return [own]
-        return [name] if _SCOPED.fullmatch(name) else [own, name]
+        return [own, name] if key_of(name) is None else [name]
 
     def may_change(self, job_id: str) -> bool:
         """Whether it may cancel, delete and decode again the job with this broker's id."""
@@ -90,8 +91,7 @@ class Identity:
         """Whether the job with this broker's id is its own."""
         if self.key is None:
             return True
-        match = _SCOPED.fullmatch(job_id)
-        return match is not None and match[1] == self.key.id
+        return key_of(job_id) == self.key.id
 
     def sees(self, job_id: str) -> bool:
         """Whether it may know that there is this job."""
@@ -99,8 +99,7 @@ class Identity:
 
     def shown(self, job_id: str) -> str:
         """What it calls the job with this broker's id."""
-        match = _SCOPED.fullmatch(job_id)
-        return match[2] if match and self.key is not None and match[1] == self.key.id else job_id
+        return shown_to(None if self.key is None else self.key.id, job_id)
 
 
 def _short(name: str) -> str:
@@ -109,3 +108,5 @@ def _short(name: str) -> str:
 
 
 LOCAL: Final = Identity(key=None, via="none")
+#: Whoever has a signed link. Its path is signed with the broker's id in it, so ids mean what they are.
+LINK: Final = Identity(key=None, via="link")

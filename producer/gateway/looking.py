@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-from broker_config.errors import JobNotFound, LatentqError
+from broker_config.errors import JobNotFound
 from broker_config.job_store import JobStore
 from broker_config.messages import JobSnapshot
 from broker_config.queue_position import positions
@@ -50,39 +50,28 @@ class Lookout:
         asked, self._asked = self._asked, {}
         try:
             found = await self._client.run(_look, self._client.store, list(asked))
-        except LatentqError as error:
+        except Exception as error:  # whatever it is: they wait for this look, and would for ever
             failure = error
             _tell(asked, lambda job_id: failure)
             return
         _tell(asked, lambda job_id: found.get(job_id, JobNotFound(f"no job {job_id}", job_id=job_id)))
 
 
-def snapshots_of(store: JobStore, job_ids: list[str]) -> list[JobSnapshot]:
-    """Those of these jobs that there still are."""
-    left = list(job_ids)
-    while left:
-        try:
-            return store.snapshots(left)
-        except JobNotFound as error:  # its tombstone ended between two looks
-            left = [job_id for job_id in left if job_id != error.job_id]
-    return []
-
-
 def _look(store: JobStore, job_ids: list[str]) -> dict[str, Seen]:
     found: dict[str, Seen] = {}
     for start in range(0, len(job_ids), _MOST):
-        jobs = snapshots_of(store, job_ids[start : start + _MOST])
+        jobs = list(store.find(job_ids[start : start + _MOST]).values())
         places = positions(store.connections, jobs)
         found |= {job.job_id: (job, place) for job, place in zip(jobs, places, strict=True)}
     return found
 
 
-def _tell(asked: dict[str, asyncio.Future[Seen]], answer: Callable[[str], Seen | LatentqError]) -> None:
+def _tell(asked: dict[str, asyncio.Future[Seen]], answer: Callable[[str], Seen | Exception]) -> None:
     for job_id, future in asked.items():
         if future.done():
             continue
         found = answer(job_id)
-        if isinstance(found, LatentqError):
+        if isinstance(found, Exception):
             future.set_exception(found)
             future.exception()  # it may be that nobody waits for it any more
         else:

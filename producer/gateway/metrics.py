@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from broker_config.connection import broker_errors
 from broker_config.errors import LatentqError
 from broker_config.tally import TIMES, Tallies, bounds_s
+from broker_config.webhook_deliveries import WebhookDeliveries
 from producer.async_client import AsyncDecodeClient
 from producer.operations import Operations
 
@@ -27,9 +28,11 @@ _BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10
 class GatewayMetrics:
     """The registry of one gateway."""
 
-    def __init__(self, client: AsyncDecodeClient, operations: Operations, tallies: Tallies) -> None:
+    def __init__(
+        self, client: AsyncDecodeClient, operations: Operations, tallies: Tallies, deliveries: WebhookDeliveries
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(BrokerCollector(client, operations, tallies))
+        self._registry.register(BrokerCollector(client, operations, tallies, deliveries))
         #: Requests answered, by route, method and status.
         self.requests = Counter(
             "latentq_http_requests", "Requests answered.", ("route", "method", "status"), registry=self._registry
@@ -42,6 +45,7 @@ class GatewayMetrics:
             registry=self._registry,
         )
         self.streams = Gauge("latentq_http_streams", "Event streams that are open.", registry=self._registry)
+        self.connections = Gauge("latentq_http_connections", "Connections, closing ones too.", registry=self._registry)
         self.uploads = Gauge("latentq_http_uploads", "Bodies that are being read.", registry=self._registry)
 
     def text(self) -> bytes:
@@ -52,10 +56,13 @@ class GatewayMetrics:
 class BrokerCollector(Collector):
     """The queue's figures, read from the broker when they are asked for."""
 
-    def __init__(self, client: AsyncDecodeClient, operations: Operations, tallies: Tallies) -> None:
+    def __init__(
+        self, client: AsyncDecodeClient, operations: Operations, tallies: Tallies, deliveries: WebhookDeliveries
+    ) -> None:
         self._client = client
         self._operations = operations
         self._tallies = tallies
+        self._deliveries = deliveries
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: registering must not ask the broker."""
@@ -64,7 +71,7 @@ class BrokerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("latentq_broker_up", "Whether the broker answers.")
         try:
-            found = [*self._queues(), *self._totals(), *self._ended()]
+            found = [*self._queues(), *self._totals(), *self._ended(), *self._webhooks()]
             up.add_metric([], 1)
         except LatentqError:
             found = []
@@ -131,3 +138,25 @@ class BrokerCollector(Collector):
                 family.add_metric((tally.vae,), buckets, sum_value=histogram.sum_s)
         yield outcomes
         yield from times.values()
+
+    def _webhooks(self) -> Iterator[Metric]:
+        counts = self._deliveries.counts()
+        for name, text, value in (
+            ("latentq_webhooks_pending", "Deliveries on their way.", counts.pending),
+            (
+                "latentq_webhooks_overdue_seconds",
+                "Since the oldest one could be tried; 0: none.",
+                counts.overdue_s or 0,
+            ),
+            ("latentq_webhooks_dead_letters", "Deliveries that were given up and are kept.", counts.dead_letters),
+            ("latentq_webhooks_stopped_endpoints", "Endpoints that answered 410.", counts.stopped_endpoints),
+            ("latentq_couriers", "Live couriers.", counts.couriers),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)
+        ended = CounterMetricFamily("latentq_webhooks_ended", "Deliveries that ended.", labels=("outcome",))
+        for outcome in ("delivered", "dead", "dropped"):
+            ended.add_metric((outcome,), getattr(counts, outcome))
+        tried = CounterMetricFamily("latentq_webhook_attempts", "Attempts to deliver.", labels=("outcome",))
+        tried.add_metric(("good",), counts.attempts_good)
+        tried.add_metric(("bad",), counts.attempts_bad)
+        yield from (ended, tried)

@@ -18,15 +18,17 @@ from broker_config.errors import (
     QueryTooLong,
     RouteNotFound,
 )
-from producer.gateway.admittance import check_origin, identify
+from broker_config.link_signing import SIGNATURE
+from producer.gateway.admittance import check_origin, identify, identify_link
 from producer.gateway.context import GATEWAY, IDENTITY
-from producer.gateway.error_responses import problem_response
+from producer.gateway.error_responses import as_told, problem_response
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-#: Set on routes that answer without asking who asks.
+#: Set on routes that answer without asking who asks, and on those that answer whoever has a signed link.
 OPEN: Final = "__latentq_open__"
+LINKED: Final = "__latentq_linked__"
 #: Ours have 150 bytes at most.
 _LONGEST_PATH: Final = 2048
 #: Nothing from elsewhere, nothing inline, nobody may frame us. `blob:` is a picture that was just made.
@@ -46,6 +48,11 @@ _SAFE_HEADERS: Final = {
 
 async def add_safe_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Sent with every answer, also with those of handlers that begin to write themselves."""
+    set_safe_headers(response)
+
+
+def set_safe_headers(response: web.StreamResponse) -> None:
+    """What every answer has, also one to what is no request."""
     for name, value in _SAFE_HEADERS.items():
         response.headers.setdefault(name, value)
     response.headers["Server"] = "latentq"
@@ -102,23 +109,20 @@ async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
             f"the path has {len(path)} bytes and the query {len(query)}, at most {_LONGEST_PATH} and "
             f"{gateway.own.max_query_bytes} are taken"
         )
-    check_origin(request, gateway.own)
-    if not getattr(request.match_info.handler, OPEN, False):
+    linked = SIGNATURE in request.query and hasattr(request.match_info.handler, LINKED)
+    check_origin(request, gateway.reach, linked=linked)
+    if linked:
+        request[IDENTITY] = identify_link(request, gateway)
+    elif not hasattr(request.match_info.handler, OPEN):
         request[IDENTITY] = await identify(request, gateway)
     return await handler(request)
 
 
 def _refused(request: web.Request, error: LatentqError) -> web.Response:
-    """The answer to an error; what a key calls its job stands in it, not what the broker calls it."""
+    """The answer to an error."""
     if request.writer.output_size > 0:  # an answer has begun: it cannot become another one
         raise ConnectionResetError("the answer broke off") from error
-    identity = request.get(IDENTITY)
-    if identity is not None and identity.key is not None:
-        prefix = f"k_{identity.key.id}_"
-        error.args = (error.message.replace(prefix, ""),)
-        if error.job_id is not None:
-            error.job_id = identity.shown(error.job_id)
-    response = problem_response(error, request)
+    response = problem_response(as_told(error, request.get(IDENTITY)), request)
     # What was not read of a body must not be taken for the next request.
     if request.can_read_body and not request.content.at_eof():
         response.force_close()

@@ -6,24 +6,25 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any, Final
 
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from broker_config.job_document import Schema
 from broker_config.keys import Priority
 from broker_config.latent_geometry import LatentLayout
 from broker_config.messages import Mode, Output
+from broker_config.receiver_url import MAX_URL_CHARACTERS
+from broker_config.webhooks import JOB_EVENTS
 from producer.gateway import schemas
 from producer.gateway.error_responses import PROBLEM_JSON
-from producer.gateway.query import OPTIONS
+from producer.gateway.query import OPTIONS, SECRET_OPTIONS
+from producer.gateway.request_bodies import BINARY, BODIES
 from producer.gateway.route import Route
 from producer.gateway.routes import ROUTES
-from producer.gateway.submit_bodies import MULTIPART, RAW, SAFETENSORS
 from producer.pixel_input import ENCODE_OPTIONS
 
 _REFERENCE: Final = "#/components/schemas/{model}"
 #: Answers that any request can get. 431 and some 400 come before there is a request.
 _ALWAYS: Final = (400, 401, 403, 404, 405, 408, 414, 421, 429, 500, 503)
-_BINARY: Final = {"type": "string", "contentMediaType": "application/octet-stream", "format": "binary"}
 _NAMES: Final = {
     400: "BadRequest",
     401: "NotAuthenticated",
@@ -60,8 +61,18 @@ _OPTION_FACTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "start_within_s": {"exclusiveMinimum": 0, "maximum": 31_536_000},
     "retention_s": {"exclusiveMinimum": 0, "maximum": 31_536_000},
     "job_id": {"pattern": _JOB_ID["pattern"]},
+    "webhook": {"format": "uri", "maxLength": MAX_URL_CHARACTERS},
+    "webhook_events": {"items": {"type": "string", "enum": [str(event) for event in JOB_EVENTS]}, "minItems": 1},
+    "webhook_secret": {"writeOnly": True},
 }
-_TYPES: Final = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "Mapping[str, str]": "object"}
+_TYPES: Final = {
+    "str": "string",
+    "int": "integer",
+    "float": "number",
+    "bool": "boolean",
+    "Mapping[str, str]": "object",
+    "Sequence[str]": "array",
+}
 #: Options that belong to the latents, which a redecode cannot change.
 _OF_LATENTS: Final = ("vae", "layout", "height", "width", "num_frames")
 #: Options that the remote-VAE protocol sets itself.
@@ -73,11 +84,9 @@ def document() -> dict[str, Any]:
     models = [
         value
         for value in vars(schemas).values()
-        if isinstance(value, type) and issubclass(value, BaseModel) and value.__module__ == schemas.__name__
+        if isinstance(value, type) and issubclass(value, Schema) and value is not Schema
     ]
-    _, definitions = models_json_schema(
-        [(model, "serialization") for model in models if model is not schemas.Schema], ref_template=_REFERENCE
-    )
+    _, definitions = models_json_schema([(model, "serialization") for model in models], ref_template=_REFERENCE)
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         if not route.hidden:
@@ -118,7 +127,7 @@ def _operation(route: Route) -> dict[str, Any]:
     if route.open:
         operation["security"] = [{}]
     if route.body:
-        operation["requestBody"] = _BODIES[route.body]
+        operation["requestBody"] = BODIES[route.body]
     return operation
 
 
@@ -150,7 +159,7 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
             }
         )
     for name in _options(route.options):
-        if name not in route.query:
+        if name not in route.query and name not in SECRET_OPTIONS:
             found.append({"name": name, "in": "query", **_query_schema(name)})
     found += [{"name": name, "in": "header", "schema": schema} for name, schema in route.headers.items()]
     return found
@@ -168,6 +177,8 @@ def _options(which: str) -> list[str]:
 
 def _query_schema(name: str) -> dict[str, Any]:
     schema = _option_schema(name, nullable=False)
+    if schema["type"] == "array":  # separated by commas
+        return {"style": "form", "explode": False, "schema": schema}
     if schema["type"] == "object":  # a JSON object, as text
         return {"content": {"application/json": {"schema": schema}}}
     return {"schema": schema}
@@ -201,7 +212,7 @@ def _responses(route: Route) -> dict[str, Any]:
     for status, answer in route.answers.items():
         response: dict[str, Any] = {"description": _DESCRIPTIONS[status]}
         if isinstance(answer, str):
-            response["content"] = {answer: {"schema": {} if answer != "*/*" else _BINARY}}
+            response["content"] = {answer: {"schema": {} if answer != "*/*" else BINARY}}
         elif answer is not None:
             response["content"] = {"application/json": {"schema": {"$ref": _REFERENCE.format(model=answer.__name__)}}}
         found[str(status)] = response
@@ -217,74 +228,11 @@ def _problem(name: str) -> dict[str, Any]:
 
 _DESCRIPTIONS: Final = {
     200: "As asked.",
-    201: "The job, which has ended.",
+    201: "Made; of a submit: the job, which has ended.",
     202: "Accepted.",
     204: "Done.",
     206: "The range that was asked for.",
     303: "The job has not ended: GET the Location.",
     304: "Unchanged.",
     503: "Not now.",
-}
-_LATENTS: Final = {"type": "string", "contentMediaType": "application/octet-stream"}
-_BODIES: Final[Mapping[str, dict[str, Any]]] = {
-    "submit": {
-        "required": True,
-        "description": "A safetensors file; raw elements, shape and dtype in the query; or parts, options and latents.",
-        "content": {
-            SAFETENSORS: {"schema": _BINARY},
-            RAW: {"schema": _BINARY},
-            MULTIPART: {
-                "schema": {
-                    "type": "object",
-                    "required": ["latents"],
-                    "properties": {"options": {"$ref": "#/components/schemas/Options"}, "latents": _LATENTS},
-                },
-                "encoding": {"options": {"contentType": "application/json"}},
-            },
-        },
-    },
-    "batch": {
-        "required": True,
-        "description": "A part `jobs`, then one part of latents for each job, whatever its name.",
-        "content": {
-            MULTIPART: {
-                "schema": {
-                    "type": "object",
-                    "required": ["jobs", "latents"],
-                    "properties": {
-                        "jobs": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Options"}},
-                        "latents": {"type": "array", "items": _LATENTS},
-                    },
-                },
-                "encoding": {"jobs": {"contentType": "application/json"}},
-            }
-        },
-    },
-    "redecode": {
-        "required": False,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/OptionsAgain"}}},
-    },
-    "remote": {
-        "required": True,
-        "description": "The latents' bytes, little-endian, in C order; `tensor/base64`: JSON with base64 of them.",
-        "content": {
-            "tensor/binary": {"schema": _BINARY},
-            "tensor/base64": {
-                "schema": {"type": "object", "required": ["inputs"], "properties": {"inputs": {"type": "string"}}}
-            },
-        },
-    },
-    "picture": {
-        "required": True,
-        "description": "A picture, whatever Content-Type says; with `shape` and `dtype` a tensor's bytes.",
-        "content": {kind: {"schema": _BINARY} for kind in ("image/png", "image/jpeg", "image/webp", "tensor/binary")},
-    },
-    "token": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {"type": "object", "required": ["token"], "properties": {"token": {"type": "string"}}}
-            }
-        },
-    },
 }

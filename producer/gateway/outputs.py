@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from broker_config.errors import JobNotFound, RangeNotSatisfiable
+from broker_config.link_signing import EXPIRES, SIGNATURE
 from producer.gateway import jobs
 from producer.gateway.byte_ranges import byte_range
 from producer.gateway.error_responses import problem_response
@@ -14,9 +15,10 @@ from producer.job_handle import finished_result
 
 
 async def output(request: web.Request) -> web.StreamResponse:
-    """The bytes of one output. Its ETag is the digest that every read checks them against, so it never changes."""
+    """The bytes of one output. Its ETag is the digest that they are checked against, unless a range of them is read."""
     gateway, identity = jobs.context(request)
-    only(request.query)
+    linked = identity.via == "link"
+    only(request.query, *((EXPIRES, SIGNATURE) if linked else ()))
     name = request.match_info["id"]
     number = request.match_info.get("number", "0")
     job = await jobs.find(gateway, identity, name)
@@ -29,12 +31,16 @@ async def output(request: web.Request) -> web.StreamResponse:
         "Content-Type": artifact.content_type,
         "ETag": etag,
         "Accept-Ranges": "bytes",
-        "Cache-Control": "private, max-age=3600, immutable",
+        # Two keys may have two pictures under one URL, in one browser: it asks again, which costs a 304.
+        "Cache-Control": "private, no-cache",
+        "Vary": "Authorization, Cookie",
         "Content-Disposition": f'inline; filename="{identity.shown(job.job_id)}-{number}.{artifact.extension}"',
         "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; media-src 'self'; sandbox",
     }
+    if linked:
+        headers["Cross-Origin-Resource-Policy"] = "cross-origin"
     if _matches(request.headers.get("If-None-Match"), etag):
-        return web.Response(status=304, headers={"ETag": etag, "Cache-Control": headers["Cache-Control"]})
+        return web.Response(status=304, headers={name: headers[name] for name in ("ETag", "Cache-Control", "Vary")})
     size = artifact.blob.size_bytes
     if request.method == "HEAD":
         return await send_head(request, size, headers=headers)
@@ -46,13 +52,15 @@ async def output(request: web.Request) -> web.StreamResponse:
             refusal = problem_response(error, request)
             refusal.headers["Content-Range"] = f"bytes */{size}"
             return refusal
-    data = await gateway.client.transfer(gateway.client.blobs.get, artifact.blob)
-    patience_s = gateway.own.patience_s
-    if wanted is None:
-        return await send_bytes(request, data, headers=headers, patience_s=patience_s)
-    first, end = wanted
-    headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
-    return await send_bytes(request, memoryview(data)[first:end], headers=headers, patience_s=patience_s, status=206)
+    blobs, patience_s = gateway.client.blobs, gateway.own.patience_s
+    first, end = wanted or (0, size)
+    with gateway.downloads.admitted(identity, end - first):
+        if wanted is None:
+            data = await gateway.client.transfer(blobs.get, artifact.blob)
+            return await send_bytes(request, data, headers=headers, patience_s=patience_s)
+        data = await gateway.client.transfer(blobs.get_span, artifact.blob, wanted)
+        headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
+        return await send_bytes(request, data, headers=headers, patience_s=patience_s, status=206)
 
 
 def _matches(header: str | None, etag: str) -> bool:

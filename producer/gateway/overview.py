@@ -13,14 +13,16 @@ from broker_config.messages import JobStatus
 from broker_config.queue_report import QueueState, WorkerState
 from broker_config.tally import Pulse, Tallies
 from producer.async_client import AsyncDecodeClient
-from producer.gateway import jobs
+from producer.gateway import job_lists, jobs
+from producer.gateway.admittance import Readmittance
 from producer.gateway.api_keys import Scope
 from producer.gateway.context import Gateway
 from producer.gateway.identity import Identity
 from producer.gateway.job_views import show_jobs
 from producer.gateway.query import only
-from producer.gateway.schemas import Overview, Point, Queue, Queues, Vae, Vaes, Worker, Workers
+from producer.gateway.schemas import Overview, Point, Queue, Queues, Vae, Vaes, WebhookState, Worker, Workers
 from producer.gateway.streams import HEARTBEAT_S, EventStream, json_response
+from producer.gateway.webhook_views import owned_by, show_delivery
 from producer.operations import Operations
 
 _FRESH_S: Final = 1.0
@@ -30,6 +32,8 @@ _FORGET_S: Final = 60.0
 _CHART_MINUTES: Final = 15
 _GALLERY: Final = 24
 _FAILED: Final = 12
+#: Of webhooks, for who sees all.
+_COUNTS: Final = ("pending", "dead_letters", "couriers", "overdue_s")
 
 
 class Overviews:
@@ -91,7 +95,9 @@ async def overview_events(request: web.Request) -> web.StreamResponse:
     with gateway.streams.admitted(identity):
         async with EventStream(request, patience_s=gateway.own.patience_s) as stream:
             last, told = "", 0.0
+            door = Readmittance(request, gateway, identity)
             while True:
+                await door.check()
                 now = await gateway.overviews.text_for(gateway, identity)
                 if now != last:
                     await stream.send("overview", now)
@@ -141,18 +147,26 @@ async def _overview(gateway: Gateway, identity: Identity) -> Overview:
     def look() -> Overview:
         store = gateway.client.store
 
-        def page(status: JobStatus, limit: int) -> jobs.Page:
-            return jobs.page_of(gateway, identity, status=status, vae=None, limit=limit, cursor=None)
-
+        jobs_of = job_lists.newest(gateway, identity, {JobStatus.SUCCEEDED: _GALLERY, JobStatus.FAILED: _FAILED})
         return Overview(
             queues=found,
             workers=alive if identity.sees_all else None,
+            webhooks=_webhooks(gateway, identity),
             points=points,
-            recent=show_jobs(store, page(JobStatus.SUCCEEDED, _GALLERY).jobs, identity),
-            failed=show_jobs(store, page(JobStatus.FAILED, _FAILED).jobs, identity),
+            recent=show_jobs(store, jobs_of[JobStatus.SUCCEEDED], identity),
+            failed=show_jobs(store, jobs_of[JobStatus.FAILED], identity),
         )
 
     return await gateway.client.run(look)
+
+
+def _webhooks(gateway: Gateway, identity: Identity) -> WebhookState:
+    page = gateway.deliveries.page(limit=_FAILED, key_id=owned_by(identity))
+    dead = [show_delivery(delivery, identity) for delivery in page.deliveries]
+    if not identity.sees_all:
+        return WebhookState(dead=dead)
+    counts = gateway.deliveries.counts()
+    return WebhookState(dead=dead, **{name: getattr(counts, name) for name in _COUNTS})
 
 
 def _queue(queue: QueueState) -> Queue:

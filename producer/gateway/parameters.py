@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from broker_config.link_signing import EXPIRES, SIGNATURE
 from producer.gateway.decodes import MOST_JOBS
+from producer.gateway.webhooks import MOST_DELIVERIES
+
+#: Content type of server-sent events.
+EVENTS: Final = "text/event-stream"
 
 WAIT: Final[Mapping[str, Mapping[str, Any]]] = {
     "wait": {
@@ -23,6 +28,17 @@ LIST: Final[Mapping[str, Mapping[str, Any]]] = {
     "vae": {"type": "string"},
     "limit": {"type": "integer", "minimum": 1, "maximum": MOST_JOBS, "default": 50},
     "cursor": {"type": "string", "description": "`next_cursor` of the page before."},
+}
+#: Of a signed link, instead of a key.
+LINK: Final[Mapping[str, Mapping[str, Any]]] = {
+    EXPIRES: {"type": "integer", "description": "Of a signed link: when it ends, in seconds since the epoch."},
+    SIGNATURE: {"type": "string", "description": "Of a signed link."},
+}
+DELIVERIES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "state": {"type": "string", "enum": ["dead", "pending"], "default": "dead"},
+    "limit": {"type": "integer", "minimum": 1, "maximum": MOST_DELIVERIES, "default": 50},
+    "cursor": LIST["cursor"],
+    "job": {"type": "string", "description": "Instead of the others: what is kept of this job's deliveries."},
 }
 REMOTE: Final[Mapping[str, Mapping[str, Any]]] = {
     "shape": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1, "maxItems": 8},

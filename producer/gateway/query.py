@@ -19,7 +19,8 @@ from producer.submission import DecodeOptions
 
 _TRUE: Final = ("true", "1")
 _FALSE: Final = ("false", "0")
-_INT = re.compile(r"[+-]?\d{1,12}")
+#: A seed has up to 64 bits.
+_INT = re.compile(r"[+-]?\d{1,20}")
 
 
 def _whole(text: str) -> int:
@@ -41,6 +42,10 @@ def _flag(text: str) -> bool:
     return text.lower() in _TRUE
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
 def _strings(text: str) -> dict[str, str]:
     value = json.loads(text)
     if not isinstance(value, dict):
@@ -55,10 +60,15 @@ _READERS: Final[Mapping[str, tuple[Callable[[str], Any], str]]] = {
     "int | None": (_whole, "a whole number"),
     "float | None": (_number, "a number"),
     "bool": (_flag, "true or false"),
+    "Sequence[str] | None": (_names, "names separated by commas"),
     "Mapping[str, str]": (_strings, "a JSON object of strings"),
 }
 #: Options of a job, by name, with the annotation of each.
 OPTIONS: Final = {field.name: str(field.type) for field in dataclasses.fields(DecodeOptions)}
+
+
+#: Options that no URL may have, since proxies and servers write URLs into their logs.
+SECRET_OPTIONS: Final = frozenset({"webhook_secret"})
 
 
 def read(name: str, text: str, reader: Callable[[str], Any], expected: str) -> Any:
@@ -95,6 +105,12 @@ def options_of(
             if ignore_unknown:
                 continue
             raise InvalidOption(f"{name[:80]!r} is not a parameter here; /docs has them", field=name[:80])
+        if name in SECRET_OPTIONS:
+            raise InvalidOption(
+                f"{name} is in the URL, which others log: send it in the options of a multipart body, or store it with "
+                "POST /v1/webhook-secrets",
+                field=name,
+            )
         values = query.getall(name)
         if len(values) > 1:
             raise InvalidOption(f"{name} is given {len(values)} times", field=name)
@@ -118,7 +134,10 @@ def options_of_json(value: object, *, besides: Iterable[str] = ()) -> dict[str, 
     found = {name: item for name, item in value.items() if name in OPTIONS and item is not None}
     for name, item in found.items():
         if OPTIONS[name].startswith("str") and not isinstance(item, str):
-            raise InvalidOption(f"{name} is {item!r:.80}, expected text", field=name)
+            given = "not text" if name in SECRET_OPTIONS else f"{item!r:.80}"
+            raise InvalidOption(f"{name} is {given}, expected text", field=name)
+        if OPTIONS[name].startswith("Sequence") and not isinstance(item, list):
+            raise InvalidOption(f"{name} is {item!r:.80}, expected a list", field=name)
     return found
 
 

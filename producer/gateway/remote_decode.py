@@ -19,6 +19,7 @@ from broker_config.errors import BadRequest, InvalidOption, MediaTypeUnsupported
 from broker_config.latent_geometry import LatentState
 from broker_config.messages import JobSnapshot
 from producer.gateway import jobs
+from producer.gateway.api_keys import Scope
 from producer.gateway.context import Gateway
 from producer.gateway.decodes import waited
 from producer.gateway.identity import Identity
@@ -27,7 +28,7 @@ from producer.gateway.query import OPTIONS, options_of, read, whole
 from producer.gateway.remote_replies import REPLIES, Reply, make_reply
 from producer.gateway.streams import send_bytes
 from producer.gateway.submit_bodies import most_bytes
-from producer.gateway.uploads import Incoming, body_of, deadline_for, length_of
+from producer.gateway.uploads import Incoming, body_of, length_of
 from producer.job_handle import finished_result
 from producer.tensor_input import TensorFile
 
@@ -46,26 +47,37 @@ _OURS: Final = ("vae", "output")
 
 async def decode(request: web.Request) -> web.StreamResponse:
     """Decodes and answers as the remote-VAE service did."""
-    gateway, identity = jobs.context(request)
+    gateway, identity = at_the_door(request)
     vae = _vae(gateway, request)
     query = request.query
     reply = _reply(request)
     length = length_of(request, most=most_bytes(gateway) * 4 // 3)
-    with gateway.uploads.admitted(length):
-        incoming = body_of(request, deadline=deadline_for(length, gateway.own))
+    with gateway.uploads.admitted(identity, length):
+        incoming = body_of(request, gateway.own)
         if "shape" not in query:
             raise InvalidOption("Expected `shape` in query params.", field="shape")
         if len(query.getall("dtype", ())) != 1:
             raise InvalidOption("Expected `dtype` in query params.", field="dtype")
         shape, dtype = shape_of(query.getall("shape")), query["dtype"]
-        options = _options(query, rank=len(shape)) | {
+        options = with_retention(gateway, _options(query, rank=len(shape))) | {
             "vae": vae,
             "output": reply.output(len(shape)),
-            "retention_s": gateway.own.remote_retention_s,
         }
         read_latents = _reader(gateway, request, incoming, dtype=dtype, shape=shape, length=length)
         job, _ = await jobs.submit(gateway, identity, read_latents, options)
     return await answer(gateway, identity, request, job, reply=reply, vae=vae, hop=0)
+
+
+def at_the_door(request: web.Request) -> tuple[Gateway, Identity]:
+    """What a handler of the protocol works with: someone who may submit, and see what becomes of it.
+
+    Raises:
+        NotAllowed: one of both is missing; nothing was read.
+    """
+    gateway, identity = jobs.context(request)
+    for scope in (Scope.SUBMIT, Scope.READ):
+        identity.require(scope)
+    return gateway, identity
 
 
 async def wait_on(request: web.Request) -> web.StreamResponse:
@@ -101,9 +113,10 @@ async def answer(
         url = f"/decode/{vae}/jobs/{name}?{urlencode(query)}"
         return web.Response(status=303, headers={"Location": url, "Cache-Control": "no-store"})
     result = finished_result(job)
-    made = await gateway.client.transfer(make_reply, reply, result, gateway.client.blobs, is_clip=_is_clip(job))
-    headers = {"Cache-Control": "no-store", "X-Latentq-Job": name, **made.headers}
-    return await send_bytes(request, made.body, headers=headers, patience_s=gateway.own.patience_s)
+    with gateway.downloads.admitted(identity, reply.held_bytes(result)):
+        made = await gateway.client.transfer(make_reply, reply, result, gateway.client.blobs, is_clip=_is_clip(job))
+        headers = {"Cache-Control": "no-store", "X-Latentq-Job": name, **made.headers}
+        return await send_bytes(request, made.body, headers=headers, patience_s=gateway.own.patience_s)
 
 
 def _is_clip(job: JobSnapshot) -> bool:
@@ -171,6 +184,11 @@ def _scaling(query: MultiMapping[str]) -> dict[str, Any]:
     if not given and "decode_timestep" not in query:
         return {"state": str(LatentState.DENORMALISED)}
     return {"scaling_factor": given.get("scaling_factor", 1.0), "shift_factor": given.get("shift_factor", 0.0)}
+
+
+def with_retention(gateway: Gateway, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the job, and how long it stays: shortly, unless a webhook says that it is fetched later."""
+    return options if "webhook" in options else options | {"retention_s": gateway.own.remote_retention_s}
 
 
 def factors_of(query: MultiMapping[str]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any, Final
 
 from aiohttp import web
@@ -23,10 +24,10 @@ from producer.gateway.context import Gateway
 from producer.gateway.latents_input import Check, read_raw, shape_of
 from producer.gateway.picture_input import kind_of, peek_picture, read_picture
 from producer.gateway.query import options_of
-from producer.gateway.remote_decode import answer, factors_of
+from producer.gateway.remote_decode import answer, at_the_door, factors_of, with_retention
 from producer.gateway.remote_replies import Reply
 from producer.gateway.submit_bodies import most_bytes
-from producer.gateway.uploads import Incoming, body_of, deadline_for, length_of
+from producer.gateway.uploads import Incoming, body_of, joined, length_of
 from producer.pixel_input import NAME
 from producer.tensor_input import TensorFile
 
@@ -38,18 +39,19 @@ _MAGIC_BYTES: Final = 16
 
 async def encode(request: web.Request) -> web.StreamResponse:
     """Encodes and answers as the remote-VAE service did."""
-    gateway, identity = jobs.context(request)
+    gateway, identity = at_the_door(request)
     entry = gateway.client.catalog[request.match_info["vae"]]
     length = length_of(request, most=most_bytes(gateway))
-    with contextlib.ExitStack() as room:
-        room.enter_context(gateway.uploads.admitted(length))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(gateway.uploads.admitted(identity, length))
         if length == 0:
             raise BadRequest("the body is empty: it is a picture, or a tensor's bytes")
-        incoming = body_of(request, deadline=deadline_for(length, gateway.own))
-        options = _options(request.query, entry) | {
-            "vae": entry.name,
-            "retention_s": gateway.own.remote_retention_s,
-        }
+        incoming = body_of(request, gateway.own)
+        options = with_retention(gateway, _options(request.query, entry)) | {"vae": entry.name}
+
+        def room(size_bytes: int) -> None:
+            stack.enter_context(gateway.uploads.enlarged(identity, size_bytes))
+
         read = _reader(gateway, request.query, incoming, length=length, room=room)
         job, _ = await jobs.submit(gateway, identity, read, options, begin=gateway.client.blocking.encode_attempt)
     return await answer(gateway, identity, request, job, reply=Reply(form="tensor"), vae=entry.name, hop=0)
@@ -86,7 +88,7 @@ def _scaling(query: MultiMapping[str], entry: VaeEntry) -> dict[str, Any]:
 
 
 def _reader(
-    gateway: Gateway, query: MultiMapping[str], incoming: Incoming, *, length: int, room: contextlib.ExitStack
+    gateway: Gateway, query: MultiMapping[str], incoming: Incoming, *, length: int, room: Callable[[int], None]
 ) -> jobs.ReadLatents:
     if "shape" not in query and "dtype" not in query:
         return _picture_reader(gateway, incoming, length=length, room=room)
@@ -103,15 +105,16 @@ def _reader(
 
 
 def _picture_reader(
-    gateway: Gateway, incoming: Incoming, *, length: int, room: contextlib.ExitStack
+    gateway: Gateway, incoming: Incoming, *, length: int, room: Callable[[int], None]
 ) -> jobs.ReadLatents:
     async def read(check: Check) -> TensorFile:
         head = await incoming.exactly(min(length, _MAGIC_BYTES))
         kind = kind_of(head)
-        data = bytes(head + await incoming.exactly(length - len(head)))
+        pieces = [head, *await incoming.pieces(length - len(head))]
+        data = await gateway.client.transfer(joined, pieces)
         announced = await gateway.client.transfer(peek_picture, data, kind=kind)
         check(announced)
-        room.enter_context(gateway.uploads.enlarged(math.prod(announced.shape)))
+        room(math.prod(announced.shape))
         return await gateway.client.transfer(read_picture, data, kind=kind)
 
     return read

@@ -25,6 +25,8 @@ class Route:
     summary: str
     #: Answers without asking who asks.
     open: bool = False
+    #: Answers whoever has a signed link to it, instead of a key.
+    linked: bool = False
     #: Status → model of a JSON body, a content type, or None for no body.
     answers: Mapping[int, type[BaseModel] | str | None] = field(default_factory=dict)
     #: Query parameters by name; `"options"` as a name stands for the options of a job.
@@ -33,7 +35,7 @@ class Route:
     #: `encode`: those that the protocol leaves open.
     options: str = ""
     headers: Mapping[str, Schema] = field(default_factory=dict)
-    #: `submit`, `batch`, `redecode`, `remote`, `picture` or `token`; see openapi.py.
+    #: `submit`, `batch`, `redecode`, `remote`, `picture`, `ping`, `secret` or `token`; see openapi.py.
     body: str = ""
     #: Statuses of problems besides those that any request can meet.
     problems: tuple[int, ...] = ()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 
+from broker_config.job_document import Job
 from producer.gateway import (
     decodes,
     events,
@@ -18,279 +19,206 @@ from producer.gateway import (
     remote_encode,
     schemas,
     session_routes,
+    webhooks,
 )
-from producer.gateway.middlewares import OPEN
-from producer.gateway.route import Route
+from producer.gateway.middlewares import LINKED, OPEN
+from producer.gateway.route import Handler, Route
 
-_SUBMITTED: Final = {200: schemas.Job, 201: schemas.Job, 202: schemas.Job}
+_SUBMIT: Final = {
+    "answers": {200: Job, 201: Job, 202: Job},
+    "options": "all",
+    "headers": parameters.PREFER,
+    "body": "submit",
+}
 _ON_SUBMIT: Final = (409, 411, 413, 415, 422)
 _ANY: Final = "*/*"
+_OUTPUT: Final = {
+    "answers": {200: _ANY, 206: _ANY, 304: None},
+    "headers": parameters.RANGE,
+    "query": parameters.LINK,
+    "linked": True,
+    "problems": (409, 410, 416, 422, 502),
+}
+_REMOTE: Final = {
+    "answers": {200: _ANY, 303: None},
+    "query": parameters.REMOTE,
+    "options": "remote",
+    "body": "remote",
+    "problems": (*_ON_SUBMIT, 410, 502),
+}
+_PAGE: Final = {"open": True, "hidden": True, "problems": ()}
 
 
-def _table() -> tuple[Route, ...]:
-    one = "/v1/decodes/{id}"
-    return (
-        Route(
-            method="POST",
-            path="/v1/decodes",
-            handler=decodes.create,
-            summary="Submit latents",
-            answers=_SUBMITTED,
-            options="all",
-            headers=parameters.PREFER,
-            body="submit",
-            problems=_ON_SUBMIT,
-        ),
-        Route(
-            method="GET",
-            path="/v1/decodes",
-            handler=decodes.list_jobs,
-            summary="List jobs, newest first",
-            answers={200: schemas.JobPage},
-            query=parameters.LIST,
-            problems=(422,),
-        ),
-        Route(
-            method="POST",
-            path="/v1/decodes/batch",
-            handler=decodes.create_batch,
-            summary="Submit several jobs; each is accepted or refused by itself",
-            answers={200: schemas.Batch},
-            body="batch",
-            problems=_ON_SUBMIT,
-        ),
-        Route(
-            method="PUT",
-            path=one,
-            handler=decodes.put,
-            summary="Submit latents under your own id; the same again is the same job",
-            answers=_SUBMITTED,
-            options="all",
-            headers=parameters.PREFER,
-            body="submit",
-            problems=_ON_SUBMIT,
-        ),
-        Route(
-            method="GET",
-            path=one,
-            handler=decodes.show,
-            summary="Show a job; with `wait`, as soon as it ended",
-            answers={200: schemas.Job},
-            query=parameters.WAIT,
-            problems=(422,),
-        ),
-        Route(
-            method="DELETE",
-            path=one,
-            handler=decodes.delete,
-            summary="Free latents and outputs of a job that ended",
-            answers={204: None},
-            problems=(409, 422),
-        ),
-        Route(
-            method="POST",
-            path=one + "/cancel",
-            handler=decodes.cancel,
-            summary="Cancel a job: at once while it waits, between two stages while it runs",
-            answers={200: schemas.Job, 202: schemas.Job},
-            problems=(422,),
-        ),
-        Route(
-            method="POST",
-            path=one + "/redecode",
-            handler=decodes.redecode,
-            summary="Decode the same latents again, as a new job with other options",
-            answers={200: schemas.Job, 202: schemas.Job},
-            options="again",
-            body="redecode",
-            problems=(409, 410, 411, 413, 422),
-        ),
-        Route(
-            method="GET",
-            path=one + "/events",
-            handler=events.events,
-            summary="Watch a job: server-sent events, the last one its end",
-            answers={200: "text/event-stream"},
-            problems=(422,),
-        ),
-        Route(
-            method="GET",
-            path=one + "/output",
-            handler=outputs.output,
-            summary="The first output",
-            answers={200: _ANY, 206: _ANY, 304: None},
-            headers=parameters.RANGE,
-            problems=(409, 410, 416, 422, 502),
-        ),
-        Route(
-            method="GET",
-            path=one + "/output/{number}",
-            handler=outputs.output,
-            summary="An output: one for each item of the batch",
-            answers={200: _ANY, 206: _ANY, 304: None},
-            headers=parameters.RANGE,
-            problems=(409, 410, 416, 422, 502),
-        ),
-        Route(
-            method="GET",
-            path="/v1/vaes",
-            handler=overview.vaes,
-            summary="The VAEs that jobs may name",
-            answers={200: schemas.Vaes},
-            problems=(422,),
-        ),
-        Route(
-            method="GET",
-            path="/v1/queues",
-            handler=overview.queues,
-            summary="The queues: how much waits, and for how long",
-            answers={200: schemas.Queues},
-            problems=(422,),
-        ),
-        Route(
-            method="GET",
-            path="/v1/workers",
-            handler=overview.workers,
-            summary="The live workers",
-            answers={200: schemas.Workers},
-            problems=(422,),
-        ),
-        Route(
-            method="GET",
-            path="/v1/overview",
-            handler=overview.overview,
-            summary="What the status page shows",
-            answers={200: schemas.Overview},
-            problems=(422,),
-        ),
-        Route(
-            method="GET",
-            path="/v1/overview/events",
-            handler=overview.overview_events,
-            summary="The same, as server-sent events",
-            answers={200: "text/event-stream"},
-            problems=(422,),
-        ),
-        Route(
-            method="POST",
-            path="/decode/{vae}",
-            handler=remote_decode.decode,
-            summary="Decode as diffusers' remote VAE does",
-            answers={200: _ANY, 303: None},
-            query=parameters.REMOTE,
-            options="remote",
-            body="remote",
-            problems=(*_ON_SUBMIT, 410, 502),
-        ),
-        Route(
-            method="GET",
-            path="/decode/{vae}/jobs/{id}",
-            handler=remote_decode.wait_on,
-            summary="Where a decode, or an encode, that takes longer is waited for",
-            answers={200: _ANY, 303: None},
-            query=parameters.WAIT_ON,
-            problems=(409, 410, 422, 502),
-        ),
-        Route(
-            method="POST",
-            path="/encode/{vae}",
-            handler=remote_encode.encode,
-            summary="Encode as diffusers' remote VAE does",
-            answers={200: _ANY, 303: None},
-            query=parameters.REMOTE_ENCODE,
-            options="encode",
-            body="picture",
-            problems=(*_ON_SUBMIT, 410, 502),
-        ),
-        Route(
-            method="POST",
-            path="/",
-            handler=remote_decode.decode,
-            summary="The same, with the VAE of LATENTQ_GATEWAY_DEFAULT_VAE",
-            answers={200: _ANY, 303: None},
-            query=parameters.REMOTE,
-            options="remote",
-            body="remote",
-            problems=(*_ON_SUBMIT, 410, 502),
-        ),
-        Route(
-            method="GET",
-            path="/session",
-            handler=session_routes.show,
-            summary="Who asks, and the CSRF token of a session",
-            answers={200: schemas.Session},
-            problems=(422,),
-        ),
-        Route(
-            method="POST",
-            path="/session",
-            handler=session_routes.begin,
-            summary="Log a browser in",
-            open=True,
-            answers={200: schemas.Session},
-            body="token",
-            problems=(411, 413, 422),
-        ),
-        Route(
-            method="DELETE",
-            path="/session",
-            handler=session_routes.end,
-            summary="Log a browser out",
-            answers={204: None},
-            problems=(422,),
-        ),
-        Route(
-            method="GET",
-            path="/livez",
-            handler=health.livez,
-            summary="Whether the gateway runs",
-            open=True,
-            answers={200: "text/plain"},
-        ),
-        Route(
-            method="GET",
-            path="/readyz",
-            handler=health.readyz,
-            summary="Whether a submit would be taken",
-            open=True,
-            answers={200: schemas.Readiness, 503: schemas.Readiness},
-        ),
-        Route(
-            method="GET",
-            path="/metrics",
-            handler=health.metrics,
-            summary="Figures for Prometheus",
-            answers={200: "text/plain"},
-        ),
-        Route(
-            method="GET",
-            path="/openapi.json",
-            handler=pages.openapi,
-            summary="This document",
-            open=True,
-            answers={200: "application/json"},
-        ),
-        Route(method="GET", path="/", handler=pages.status, summary="The status page", open=True, hidden=True),
-        Route(method="GET", path="/docs", handler=pages.docs, summary="The API, for people", open=True, hidden=True),
-        Route(
-            method="GET",
-            path="/static/{name}",
-            handler=pages.static,
-            summary="Files of the pages",
-            open=True,
-            hidden=True,
-        ),
-    )
+def _route(at: str, handler: Handler, summary: str, *answer: Any, **more: Any) -> Route:
+    """A row. `at`: method and path; `answer`: of status 200, where `answers` does not say all of them."""
+    method, path = at.split()
+    answers = {"answers": {200: answer[0]}} if answer else {}
+    return Route(method=method, path=path, handler=handler, summary=summary, **{"problems": (422,)} | answers | more)
 
 
-ROUTES: Final = _table()
+ROUTES: Final = (
+    _route("POST /v1/decodes", decodes.create, "Submit latents", **_SUBMIT, problems=_ON_SUBMIT),
+    _route("GET /v1/decodes", decodes.list_jobs, "List jobs, newest first", schemas.JobPage, query=parameters.LIST),
+    _route(
+        "POST /v1/decodes/batch",
+        decodes.create_batch,
+        "Submit several jobs; each is accepted or refused by itself",
+        schemas.Batch,
+        body="batch",
+        problems=_ON_SUBMIT,
+    ),
+    _route(
+        "PUT /v1/decodes/{id}",
+        decodes.put,
+        "Submit latents under your own id; the same again is the same job",
+        **_SUBMIT,
+        problems=_ON_SUBMIT,
+    ),
+    _route(
+        "GET /v1/decodes/{id}",
+        decodes.show,
+        "Show a job; with `wait`, as soon as it ended",
+        Job,
+        query=parameters.WAIT,
+    ),
+    _route(
+        "DELETE /v1/decodes/{id}",
+        decodes.delete,
+        "Free latents and outputs of a job that ended",
+        answers={204: None},
+        problems=(409, 422),
+    ),
+    _route(
+        "POST /v1/decodes/{id}/cancel",
+        decodes.cancel,
+        "Cancel a job: at once while it waits, between two stages while it runs",
+        answers={200: Job, 202: Job},
+    ),
+    _route(
+        "POST /v1/decodes/{id}/redecode",
+        decodes.redecode,
+        "Decode the same latents again, as a new job with other options",
+        answers={200: Job, 202: Job},
+        options="again",
+        body="redecode",
+        problems=(409, 410, 411, 413, 422),
+    ),
+    _route(
+        "GET /v1/decodes/{id}/events",
+        events.events,
+        "Watch a job: server-sent events, the last one its end",
+        parameters.EVENTS,
+    ),
+    _route("GET /v1/decodes/{id}/output", outputs.output, "The first output", **_OUTPUT),
+    _route(
+        "GET /v1/decodes/{id}/output/{number}",
+        outputs.output,
+        "An output: one for each item of the batch",
+        **_OUTPUT,
+    ),
+    _route("GET /v1/vaes", overview.vaes, "The VAEs that jobs may name", schemas.Vaes),
+    _route("GET /v1/queues", overview.queues, "The queues: how much waits, and for how long", schemas.Queues),
+    _route("GET /v1/workers", overview.workers, "The live workers", schemas.Workers),
+    _route("GET /v1/overview", overview.overview, "What the status page shows", schemas.Overview),
+    _route("GET /v1/overview/events", overview.overview_events, "The same, as server-sent events", parameters.EVENTS),
+    _route(
+        "GET /v1/webhooks",
+        webhooks.list_deliveries,
+        "List webhooks that were given up, the last one first, or those on their way",
+        schemas.DeliveryPage,
+        query=parameters.DELIVERIES,
+    ),
+    _route("GET /v1/webhooks/{delivery}", webhooks.show, "Show a webhook, with every attempt", schemas.Delivery),
+    _route(
+        "POST /v1/webhooks/{delivery}/redeliver",
+        webhooks.redeliver,
+        "Send a webhook again, at once, under its id",
+        answers={200: schemas.Delivery, 202: schemas.Delivery},
+    ),
+    _route(
+        "POST /v1/webhooks/{delivery}/enable",
+        webhooks.enable,
+        "Let webhooks go to its endpoint again, which answered 410",
+        schemas.Delivery,
+    ),
+    _route(
+        "POST /v1/webhooks/ping",
+        webhooks.ping,
+        "Send a message of type `ping` to a URL, once",
+        answers={202: schemas.Delivery},
+        body="ping",
+        problems=(411, 413, 422),
+    ),
+    _route(
+        "GET /v1/webhook-secrets",
+        webhooks.list_secrets,
+        "List the secrets that sign your webhooks, without the secrets",
+        schemas.WebhookSecrets,
+    ),
+    _route(
+        "POST /v1/webhook-secrets",
+        webhooks.add_secret,
+        "Add a secret of yours; those before it go on signing for a while",
+        answers={201: schemas.WebhookSecret},
+        body="secret",
+        problems=(411, 413, 422),
+    ),
+    _route(
+        "DELETE /v1/webhook-secrets/{secret}",
+        webhooks.remove_secret,
+        "End a secret at once",
+        answers={204: None},
+    ),
+    _route("POST /decode/{vae}", remote_decode.decode, "Decode as diffusers' remote VAE does", **_REMOTE),
+    _route(
+        "GET /decode/{vae}/jobs/{id}",
+        remote_decode.wait_on,
+        "Where a decode, or an encode, that takes longer is waited for",
+        answers={200: _ANY, 303: None},
+        query=parameters.WAIT_ON,
+        problems=(409, 410, 422, 502),
+    ),
+    _route(
+        "POST /encode/{vae}",
+        remote_encode.encode,
+        "Encode as diffusers' remote VAE does",
+        **_REMOTE | {"query": parameters.REMOTE_ENCODE, "options": "encode", "body": "picture"},
+    ),
+    _route("POST /", remote_decode.decode, "The same, with the VAE of LATENTQ_GATEWAY_DEFAULT_VAE", **_REMOTE),
+    _route("GET /session", session_routes.show, "Who asks, and the CSRF token of a session", schemas.Session),
+    _route(
+        "POST /session",
+        session_routes.begin,
+        "Log a browser in",
+        schemas.Session,
+        open=True,
+        body="token",
+        problems=(411, 413, 422),
+    ),
+    _route("DELETE /session", session_routes.end, "Log a browser out", answers={204: None}),
+    _route("GET /livez", health.livez, "Whether the gateway runs", "text/plain", open=True, problems=()),
+    _route(
+        "GET /readyz",
+        health.readyz,
+        "Whether a submit would be taken",
+        answers={200: schemas.Readiness, 503: schemas.Readiness},
+        open=True,
+        problems=(),
+    ),
+    _route("GET /metrics", health.metrics, "Figures for Prometheus", "text/plain", problems=()),
+    _route("GET /openapi.json", pages.openapi, "This document", "application/json", open=True, problems=()),
+    _route("GET /", pages.status, "The status page", **_PAGE),
+    _route("GET /docs", pages.docs, "The API, for people", **_PAGE),
+    _route("GET /static/{name}", pages.static, "Files of the pages", **_PAGE),
+)
 
 
 def add_routes(app: web.Application) -> None:
     """Serves the table."""
     for route in ROUTES:
-        if route.open:
-            setattr(route.handler, OPEN, True)
+        for flag, is_set in ((OPEN, route.open), (LINKED, route.linked)):
+            if is_set:
+                setattr(route.handler, flag, True)
         app.router.add_route(route.method, route.path, route.handler)
-        if route.method == "GET" and route.answers.get(200) != "text/event-stream":
+        if route.method == "GET" and route.answers.get(200) != parameters.EVENTS:
             app.router.add_route("HEAD", route.path, route.handler)

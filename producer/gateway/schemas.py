@@ -5,89 +5,15 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from broker_config.job_document import Job as Job
+from broker_config.job_document import Schema as Schema
 from broker_config.keys import Priority
 from broker_config.latent_geometry import LatentLayout
-from broker_config.messages import JobStatus, Mode, Output
+from broker_config.webhook_deliveries import DeliveryState
+from broker_config.webhooks import WebhookEvent
 from producer.gateway.api_keys import Scope
-
-
-class Schema(BaseModel):
-    """A model of the API."""
-
-    model_config = ConfigDict(frozen=True)
-
-
-class OutputFile(Schema):
-    """One encoded image, video or tensor."""
-
-    url: str
-    content_type: str
-    extension: str
-    size_bytes: int
-    sha256: str
-
-
-class Progress(Schema):
-    """Pictures or frames that are decoded."""
-
-    done: int
-    total: int
-
-
-class AttemptError(Schema):
-    """How an attempt ended badly."""
-
-    code: str
-    message: str
-    attempt: int | None = None
-
-
-class JobUrls(Schema):
-    """Where to go on with a job."""
-
-    self: str
-    events: str
-    cancel: str
-    redecode: str
-
-
-class Job(Schema):
-    """A job as it stands."""
-
-    id: str
-    status: JobStatus
-    vae: str
-    layout: LatentLayout | None = Field(
-        None, description="Null once the retention has ended, like all that follows from the request."
-    )
-    height: int | None = None
-    width: int | None = None
-    batch: int | None = None
-    num_frames: int | None = None
-    fps: float | None = None
-    output: Output | None = None
-    mode: Mode | None = None
-    priority: Priority | None = None
-    metadata: dict[str, str] = {}
-    source_job_id: str | None = None
-    position: int | None = Field(None, description="While queued: about how many jobs are before it.")
-    progress: Progress | None = None
-    served: bool = Field(description="False while no live worker serves the VAE: the job waits for one.")
-    cancel_requested: bool = False
-    attempts: int
-    errors: list[AttemptError] = Field([], description="Of each attempt that ended badly, oldest first.")
-    outputs: list[OutputFile] = []
-    timings_s: dict[str, float] = {}
-    decoded_by: dict[str, Any] = Field(
-        {}, description="Weights, dtype, device, mode and more, of a job that succeeded."
-    )
-    created_at: datetime
-    started_at: datetime | None = None
-    ended_at: datetime | None = None
-    expires_at: datetime | None = None
-    urls: JobUrls
 
 
 class JobPage(Schema):
@@ -180,16 +106,6 @@ class Point(Schema):
     encode_s: float | None
 
 
-class Overview(Schema):
-    """What the status page shows."""
-
-    queues: list[Queue]
-    workers: list[Worker] | None = Field(description="Null for a key that may not see them.")
-    points: list[Point]
-    recent: list[Job]
-    failed: list[Job]
-
-
 class Session(Schema):
     """Who is logged in."""
 
@@ -222,3 +138,79 @@ class Problem(Schema):
     field: str | None = None
     job_id: str | None = None
     error: str
+
+
+class DeliveryAttempt(Schema):
+    """One try to deliver a webhook."""
+
+    at: datetime
+    status: int | None = Field(description="Null: there was no answer.")
+    duration_ms: int
+    error: str | None = Field(description="Null: it went well. Never the receiver's own words.")
+
+
+class DeliveryUrls(Schema):
+    """What can be done with a delivery."""
+
+    self: str
+    redeliver: str
+    enable: str
+
+
+class Delivery(Schema):
+    """One event of a job on its way to a receiver."""
+
+    id: str = Field(description="The `webhook-id`, the same for every attempt.")
+    event: WebhookEvent
+    state: DeliveryState
+    job_id: str | None = Field(description="Null for a ping.")
+    receiver: str = Field(description="Scheme, host and port.")
+    url: str | None = Field(description="Null for who did not submit the job: it may hold the receiver's secrets.")
+    reason: str | None = Field(description="Why it was given up.")
+    created_at: datetime
+    next_attempt_at: datetime | None
+    ended_at: datetime | None
+    attempts: list[DeliveryAttempt] = Field(description="The last fifty, oldest first.")
+    urls: DeliveryUrls
+
+
+class DeliveryPage(Schema):
+    """Some deliveries."""
+
+    deliveries: list[Delivery]
+    next_cursor: str | None = Field(description="For the next page; null: there is none.")
+
+
+class WebhookSecret(Schema):
+    """A secret that signs webhooks; the secret itself is never shown."""
+
+    id: str
+    added_at: datetime
+    valid_until: datetime | None = Field(description="Null: until it is removed or followed by another.")
+
+
+class WebhookSecrets(Schema):
+    """The secrets that sign one key's webhooks, the newest first."""
+
+    secrets: list[WebhookSecret]
+
+
+class WebhookState(Schema):
+    """How webhooks go. The numbers are null for a key that sees its own only."""
+
+    pending: int | None = Field(default=None, description="On their way.")
+    dead_letters: int | None = None
+    couriers: int | None = Field(default=None, description="Live ones.")
+    overdue_s: float | None = Field(default=None, description="For how long the oldest one that could be tried waits.")
+    dead: list[Delivery] = Field(description="The last ones that were given up.")
+
+
+class Overview(Schema):
+    """What the status page shows."""
+
+    queues: list[Queue]
+    workers: list[Worker] | None = Field(description="Null for a key that may not see them.")
+    webhooks: WebhookState
+    points: list[Point]
+    recent: list[Job]
+    failed: list[Job]

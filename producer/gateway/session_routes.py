@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from aiohttp import web
 
 from broker_config.errors import BadRequest, NotAuthenticated
@@ -14,18 +12,17 @@ from producer.gateway.query import only
 from producer.gateway.schemas import Session
 from producer.gateway.sessions import COOKIE
 from producer.gateway.streams import json_response
-from producer.gateway.uploads import small_body
+from producer.gateway.uploads import small_json
 
 
 async def begin(request: web.Request) -> web.StreamResponse:
     """`POST /session` with `{"token": KEY}`: sets the cookie."""
     gateway = request.app[GATEWAY]
     only(request.query)
-    try:
-        body = json.loads((await small_body(request, gateway.own)).decode())
-        token = body["token"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise BadRequest('the body is not JSON of the form {"token": "lq_…"}') from None
+    body = await small_json(request, gateway.own)
+    if not isinstance(body, dict) or "token" not in body:
+        raise BadRequest('the body is not JSON of the form {"token": "lq_…"}')
+    token = body["token"]
     key = await gateway.client.run(gateway.keys.of_token, token) if isinstance(token, str) else None
     if key is None:
         raise NotAuthenticated("this key is unknown or revoked")
@@ -37,7 +34,7 @@ async def begin(request: web.Request) -> web.StreamResponse:
         max_age=round(gateway.own.session_s),
         httponly=True,
         samesite="Strict",
-        secure=request.secure or (gateway.own.public_url or "").startswith("https:"),
+        secure=request.secure or gateway.reach.has_tls,
     )
     return response
 
@@ -66,5 +63,5 @@ def _shown(gateway: Gateway, identity: Identity) -> Session:
         name=identity.key.name if identity.key is not None else "this machine",
         scopes=sorted(identity.granted),
         csrf=identity.csrf,
-        needs_key=gateway.own.needs_key,
+        needs_key=gateway.reach.needs_key,
     )

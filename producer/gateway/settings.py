@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
-import json
-from typing import Annotated, Self
-from urllib.parse import urlsplit
+from typing import Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from broker_config.errors import ConfigurationError
+from broker_config import settings_loading
+from broker_config.settings_loading import Names
 
 __all__ = ["GatewaySettings", "load_gateway_settings"]
 
@@ -31,11 +29,8 @@ class GatewaySettings(BaseSettings):
         pattern="^(auto|required)$",
         description="`auto`: on loopback, without other names, everyone may do everything; `required`: with a key.",
     )
-    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+    allowed_hosts: Names = Field(
         (), description="Names under which it may be asked, besides its address and localhost; separated by commas."
-    )
-    public_url: str | None = Field(
-        None, pattern=r"^https?://[^/@\s?#]+/?$", description="The URL that others see it under, behind a proxy."
     )
     default_vae: str | None = Field(None, description="VAE of `POST /`, where the path names none.")
 
@@ -51,6 +46,12 @@ class GatewaySettings(BaseSettings):
     max_batch_jobs: int = Field(64, gt=0, description="Jobs of one batch submit.")
     max_uploads: int = Field(256, gt=0, description="Bodies that are read at a time.")
     max_uploads_bytes: int = Field(1024 * MIB, gt=0, description="Bytes of all bodies that are read at a time.")
+    max_downloads_bytes: int = Field(
+        1024 * MIB, gt=0, description="Bytes of all outputs that are held at a time for those who read them."
+    )
+    max_key_share: float = Field(
+        0.5, gt=0, le=1, description="Share of the uploads and downloads at a time that one key may have."
+    )
     min_upload_bytes_per_s: float = Field(
         20_000.0, gt=0, description="Slowest upload, on average after the first `patience_s`."
     )
@@ -66,45 +67,11 @@ class GatewaySettings(BaseSettings):
     )
     open_metrics: bool = Field(False, description="Whether `/metrics` is answered without a key.")
 
-    @field_validator("allowed_hosts", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        if value.lstrip().startswith("["):
-            return tuple(json.loads(value))
-        return tuple(part.strip().lower() for part in value.split(",") if part.strip())
-
     @model_validator(mode="after")
     def _batch_fits(self) -> Self:
         if self.max_streams_per_key > self.max_streams:
             raise ValueError("max_streams_per_key must be at most max_streams")
         return self
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can connect."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Host names under which it may be asked, lower case, without port."""
-        given = {*self.allowed_hosts, self.host.lower(), "localhost"}
-        if self.public_url is not None:
-            given.add((urlsplit(self.public_url).hostname or "").lower())
-        return frozenset(given)
-
-    @property
-    def needs_key(self) -> bool:
-        """Whether a request without a key is refused. A proxy on this machine would make strangers look local."""
-        return (
-            self.auth == "required" or not self.is_loopback or bool(self.allowed_hosts) or self.public_url is not None
-        )
 
 
 def load_gateway_settings(**overrides: object) -> GatewaySettings:
@@ -113,11 +80,4 @@ def load_gateway_settings(**overrides: object) -> GatewaySettings:
     Raises:
         ConfigurationError: a value is not allowed; the message names each variable.
     """
-    try:
-        return GatewaySettings(**{key: value for key, value in overrides.items() if value is not None or key[0] == "_"})  # type: ignore[arg-type]
-    except ValidationError as error:
-        wrong = "; ".join(
-            f"LATENTQ_GATEWAY_{'_'.join(str(part) for part in item['loc']).upper() or '…'}: {item['msg']}"
-            for item in error.errors(include_input=False, include_url=False)
-        )
-        raise ConfigurationError(f"gateway settings are not usable: {wrong}") from None
+    return settings_loading.load(GatewaySettings, "gateway settings", overrides)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from broker_config.errors import GatewayBusy, LatentqError, RateLimited
 from producer.gateway.identity import Identity
@@ -109,7 +109,8 @@ async def send_bytes(
     response = web.StreamResponse(status=status, headers=headers)
     response.content_length = len(data)
     await response.prepare(request)
-    view = memoryview(data)
+    # aiohttp sends a streamed body after HEAD, too, which would be read as the next answer.
+    view = memoryview(b"" if request.method == hdrs.METH_HEAD else data)
     try:
         for start in range(0, len(view), _PIECE_BYTES):
             async with asyncio.timeout(patience_s):

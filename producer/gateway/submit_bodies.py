@@ -8,20 +8,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from aiohttp import BodyPartReader, MultipartReader, web
 
-from broker_config.errors import BadRequest, BodyTooLarge, InvalidOption, MediaTypeUnsupported, UploadTooSlow
+from broker_config.errors import BadRequest, BodyTooLarge, InvalidOption, MediaTypeUnsupported
 from broker_config.tensor_header import MAX_HEADER_BYTES
 from producer.gateway.context import Gateway
 from producer.gateway.jobs import ReadLatents
 from producer.gateway.latents_input import Check, read_raw, read_safetensors, shape_of
 from producer.gateway.query import options_of, options_of_json
-from producer.gateway.uploads import MALFORMED, Incoming, body_of, deadline_for, length_of, part_of
+from producer.gateway.uploads import Incoming, Pace, body_of, length_of, part_of
 from producer.tensor_input import TensorFile
 
 SAFETENSORS: Final = "application/vnd.safetensors"
@@ -31,6 +30,8 @@ MULTIPART: Final = "multipart/form-data"
 _TENSOR: Final = ("shape", "dtype")
 #: Boundaries and headers of the parts of one job.
 _PART_OVERHEAD: Final = 4096
+#: Some clients begin with an empty line. A preamble (RFC 2046, 5.1.1) is for people, who read no latents.
+_PREAMBLE_LINES: Final = 2
 
 
 def most_bytes(gateway: Gateway, *, jobs: int = 1) -> int:
@@ -46,7 +47,6 @@ class SubmitBody:
         self._gateway = gateway
         self._request = request
         self._length = length_of(request, most=most_bytes(gateway))
-        self._deadline = deadline_for(self._length, gateway.own)
 
     @property
     def length(self) -> int:
@@ -72,7 +72,7 @@ class SubmitBody:
         tensor = {name: request.query.getall(name) for name in _TENSOR if name in request.query}
         if kind == SAFETENSORS and tensor:
             raise InvalidOption(f"a safetensors file has its own {next(iter(tensor))}: leave it out", field="shape")
-        incoming = body_of(request, deadline=self._deadline)
+        incoming = body_of(request, self._gateway.own)
         if not tensor:
             return options, self._safetensors(incoming, length=self._length)
         if len(tensor) < 2 or len(tensor["dtype"]) > 1:
@@ -85,7 +85,7 @@ class SubmitBody:
 
     async def _multipart(self, besides: tuple[str, ...]) -> tuple[dict[str, Any], ReadLatents]:
         asked = options_of(self._request.query, besides=besides)
-        parts = Parts(self._request, self._gateway, deadline=self._deadline)
+        parts = Parts(self._request, self._gateway)
         part = await parts.next()
         form: dict[str, Any] = {}
         if part is not None and part.name == "options":
@@ -112,46 +112,57 @@ class SubmitBody:
         return read
 
 
+class _Reader(MultipartReader):
+    """aiohttp looks for the first boundary a line at a time, and two million empty lines keep the loop for a second."""
+
+    async def _read_until_first_boundary(self) -> None:
+        for _ in range(_PREAMBLE_LINES):
+            line = (await self._readline()).rstrip()
+            if line in (self._boundary, self._boundary + b"--"):
+                self._at_eof = line != self._boundary
+                return
+        raise ValueError("the body does not begin with its boundary")
+
+
 class Parts:
     """The parts of a multipart body, in order."""
 
-    def __init__(self, request: web.Request, gateway: Gateway, *, deadline: float) -> None:
+    def __init__(self, request: web.Request, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._deadline = deadline
+        self._pace = Pace(gateway.own)
         try:
-            self._reader: AsyncIterator[Any] = MultipartReader(request.headers, request.content).__aiter__()
+            self._reader: AsyncIterator[Any] = _Reader(request.headers, request.content).__aiter__()
         except (ValueError, AssertionError):
             raise BadRequest("the Content-Type has no usable boundary") from None
 
     async def next(self) -> BodyPartReader | None:
         """The next part; None: there is no more."""
         try:
-            async with asyncio.timeout_at(self._deadline):
-                part = await anext(self._reader)
+            part = await self._pace.wait(anext(self._reader))
         except StopAsyncIteration:
             return None
-        except TimeoutError:
-            raise UploadTooSlow() from None
-        except MALFORMED as error:
-            raise BadRequest(f"the multipart body is malformed ({type(error).__name__})") from None
         if not isinstance(part, BodyPartReader):
             raise BadRequest("a part of the body has parts of its own")
         return part
 
+    async def skip(self, part: BodyPartReader) -> None:
+        """Reads what is left of a part, to the void."""
+        await part_of(part, self._pace).drop()
+
     async def json(self, part: BodyPartReader) -> object:
         """A part of JSON."""
         most = self._gateway.own.max_form_bytes
-        text = await part_of(part, deadline=self._deadline).exactly(most + 1)
+        text = await part_of(part, self._pace).exactly(most + 1)
         if len(text) > most:
             raise BodyTooLarge(f"the part `{part.name}` is longer than {most} bytes")
         try:
-            return json.loads(bytes(text).decode())
+            return json.loads(text.decode())
         except (ValueError, RecursionError):
             raise BadRequest(f"the part `{part.name}` is not JSON") from None
 
     def latents(self, part: BodyPartReader, form: dict[str, Any]) -> ReadLatents:
         """What reads a part of latents, which are raw if `form` has their shape."""
-        incoming = part_of(part, deadline=self._deadline)
+        incoming = part_of(part, self._pace)
         most = self._gateway.settings.max_latents_bytes
         raw = _tensor_of(form)
 

@@ -2,6 +2,7 @@
 // Everything from outside becomes text nodes and attributes, never markup.
 
 import { draw } from "./charts.js";
+import { showWebhooks } from "./webhooks.js";
 
 const $ = (id) => document.getElementById(id);
 let csrf = null;
@@ -107,6 +108,7 @@ function show(overview) {
   $("workers-section").hidden = overview.workers === null;
   showWorkers(overview.workers ?? []);
   showFailed(overview.failed);
+  showWebhooks(overview.webhooks, { make, call, seconds });
   showGallery(overview.recent);
 }
 

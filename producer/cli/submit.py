@@ -1,0 +1,91 @@
+"""`latentq submit`: every option of a job, under one name each."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from producer.cli.job_options import (
+    OptFps,
+    OptMetadata,
+    OptMode,
+    OptOutput,
+    OptPriority,
+    OptProvenance,
+    OptRetention,
+    OptTimeout,
+    OptWait,
+    OptWebhook,
+    OptWebhookEvents,
+    OptWebhookInline,
+    OptWebhookSecret,
+    after_submit,
+    pairs,
+    secret_in,
+)
+from producer.client import DecodeClient
+from producer.submission import DecodeOptions
+
+_OPTIONS: Final = frozenset(item.name for item in dataclasses.fields(DecodeOptions))
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `app`."""
+    app.command()(submit)
+
+
+def submit(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="safetensors file with one tensor of latents.")],
+    vae: Annotated[str | None, typer.Option(help="Catalogue entry; `latentq vaes` lists them.")] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(metavar="CLASS", help="diffusers pipeline they are of: tells VAE and layout."),
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="Latent layout, where the VAE takes several.")] = None,
+    state: Annotated[str | None, typer.Option(help="Normalisation the latents carry, if not the VAE's usual.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; needed for packed latents.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; needed for packed latents.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of each clip.")] = None,
+    scaling_factor: Annotated[float | None, typer.Option(help="Instead of the VAE's own.")] = None,
+    shift_factor: Annotated[float | None, typer.Option(help="Instead of the VAE's own.")] = None,
+    patch_size: Annotated[int | None, typer.Option(help="Side of the patches of packed latents.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Pictures of the `layers` layout.")] = None,
+    additional_frames: Annotated[int | None, typer.Option(help="Leading latent frames to leave out.")] = None,
+    frames_per_call: Annotated[int | None, typer.Option(help="Frames the VAE decodes at a time.")] = None,
+    sigma_data: Annotated[float | None, typer.Option(help="The scheduler's (Cosmos).")] = None,
+    decode_timestep: Annotated[float | None, typer.Option(help="Timestep of the decode (LTX-Video).")] = None,
+    decode_noise_scale: Annotated[float | None, typer.Option(help="Share of noise mixed in (LTX-Video).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of that noise.")] = None,
+    noise_state: Annotated[str | None, typer.Option(help="Generator of that noise, instead of a seed.")] = None,
+    vae_class: Annotated[str | None, typer.Option(help="Class the worker's VAE must have.")] = None,
+    vae_config: Annotated[str | None, typer.Option(help="Digest its config must have.")] = None,
+    vae_revision: Annotated[str | None, typer.Option(help="Commit its weights must be of.")] = None,
+    output: OptOutput = None,
+    fps: OptFps = None,
+    mode: OptMode = None,
+    priority: OptPriority = "normal",
+    timeout_s: OptTimeout = None,
+    start_within_s: Annotated[float | None, typer.Option("--start-within", help="Longest wait, seconds.")] = None,
+    retention_s: OptRetention = None,
+    metadata: OptMetadata = None,
+    provenance: OptProvenance = True,
+    preview: Annotated[bool, typer.Option("--preview", help="Show a preview by a small VAE first.")] = False,
+    allow_tiling: Annotated[bool, typer.Option("--allow-tiling", help="Tile when memory is short; not exact.")] = False,
+    webhook: OptWebhook = None,
+    webhook_events: OptWebhookEvents = None,
+    webhook_inline: OptWebhookInline = False,
+    webhook_secret: OptWebhookSecret = None,
+    job_id: Annotated[str | None, typer.Option("--id", help="Your own id; the same id is the same job.")] = None,
+    wait: OptWait = False,
+) -> None:
+    """Hand latents over; prints the job's id."""
+    named = {name: value for name, value in ctx.params.items() if name in _OPTIONS and value is not None}
+    named["metadata"] = pairs(metadata)
+    if webhook_secret is not None:
+        named["webhook_secret"] = secret_in(webhook_secret)
+    with DecodeClient.from_env() as client:
+        after_submit(client.submit_file(file, pipeline=pipeline, **named), wait=wait)

@@ -1,0 +1,225 @@
+"""A generator process as its parent sees it: started, fed, listened to, and started again when it dies.
+
+DESIGN. One thread starts the process and reads what it tells until it ends; so the child's parent, as the kernel
+counts, is a thread that lives as long as the child, and a child whose parent was killed is killed with it: it would
+hold the device's memory while the next run loads its models. A second thread writes batches, two ahead, so that the
+device never waits for a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from broker_config.errors import ConfigurationError, LatentqError
+from producer.prompt_farm.events import Ended, Restarted, error_from_wire, from_wire
+from producer.prompt_farm.facts import PipelineFacts
+from producer.supervisor import dying_with_parent
+
+if TYPE_CHECKING:
+    from producer.prompt_farm.run import Run
+
+#: Batches that a process has, the one it denoises included.
+_AHEAD: Final = 2
+#: A process that died so often without getting anything done will not get anything done.
+_IDLE_DEATHS: Final = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """What a process says once its pipeline is loaded."""
+
+    facts: PipelineFacts
+    #: Says which weights it has.
+    identity: str
+    #: How long loading took.
+    seconds: float
+
+
+class ProcessGenerator:
+    """One device."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        device: str,
+        pipeline: str,
+        revision: str | None,
+        vae: str | None,
+        dtype: str | None,
+        compiled: bool,
+        environment: Mapping[str, str],
+    ) -> None:
+        """Args:
+        name: what events call it; unlike the others'.
+        device: `cuda:0`, `cpu`, … or `auto`.
+        pipeline: repo or folder.
+        revision: of a repo.
+        vae: catalogue entry to decode with; None: the pipeline's.
+        dtype: of the weights; None: by the device.
+        compiled: whether to compile what denoises.
+        environment: of the process.
+        """
+        self.device = name
+        self._asked = {
+            "name": name,
+            "pipeline": pipeline,
+            "revision": revision,
+            "vae": vae,
+            "device": device,
+            "dtype": dtype,
+            "compile": compiled,
+        }
+        self._environment = dict(environment)
+        #: What the first process said, or why it refused.
+        self.ready: Future[Ready] = Future()
+        self._begun = threading.Event()
+        self._run: Run | None = None
+        self._options: Mapping[str, Any] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._keep, name=f"farm-{name}", daemon=True)
+
+    def load(self) -> None:
+        """Starts the process, which loads the pipeline."""
+        self._thread.start()
+
+    def set_options(self, options: Mapping[str, Any]) -> None:
+        """Options of the submits; to be said before `start`."""
+        self._options = options
+
+    def start(self, run: Run) -> None:
+        """Begins to work the run's backlog off."""
+        self._run = run
+        self._begun.set()
+
+    def stop(self) -> None:
+        """Asks the process to finish what it denoises and no more."""
+        self._stopping = True
+        self._begun.set()
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGTERM if self._run is not None else signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Ends the process at once."""
+        self._stopping = True
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+
+    def join(self) -> None:
+        """Returns when the process has ended."""
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # The thread that starts and reads -------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        idle_deaths = 0
+        try:
+            while True:
+                landed = self._live()
+                if self._process is None or self._process.returncode == 0 or self._stopping:
+                    return
+                run = self._run
+                if run is None:  # it died while it loaded for the first time, and has said why on standard error
+                    if not self.ready.done():
+                        self.ready.set_exception(self._death())
+                    return
+                idle_deaths = 0 if landed else idle_deaths + 1
+                run.recover(self.device)
+                if idle_deaths == _IDLE_DEATHS:
+                    return
+                run.emit(Restarted(device=self.device, message=self._death().message))
+        finally:
+            if self._run is not None:
+                self._run.emit(Ended(device=self.device))
+
+    def _death(self) -> LatentqError:
+        status = self._process.returncode if self._process is not None else None
+        how = f"signal {-status}" if status is not None and status < 0 else f"status {status}"
+        return ConfigurationError(f"the generator on {self.device} ended with {how}", field="pipeline")
+
+    def _live(self) -> bool:
+        """One process, from start to end. Returns whether it got anything done."""
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-m", "producer.prompt_farm.generator_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=self._environment,
+            preexec_fn=dying_with_parent(signal.SIGKILL),
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        turns = threading.Semaphore(_AHEAD)
+        landed = False
+        feeder = threading.Thread(target=self._feed, args=(process, turns), name=f"feed-{self.device}", daemon=True)
+        feeder.start()
+        for line in process.stdout:
+            try:
+                told = json.loads(line)
+            except ValueError:  # the last words of a process that was killed
+                break
+            if "turn" in told:
+                turns.release()
+                landed = True
+            elif "event" in told:
+                assert self._run is not None
+                self._run.emit(from_wire(told))
+            elif not self.ready.done():
+                self._answer(told)
+        process.wait()
+        process.stdout.close()
+        turns.release(_AHEAD)  # a feeder that waits for its turn finds a closed pipe
+        feeder.join()
+        return landed
+
+    def _answer(self, told: Mapping[str, Any]) -> None:
+        if "refused" in told:
+            self.ready.set_exception(error_from_wire(told["refused"]))
+            return
+        said = told["ready"]
+        facts = PipelineFacts.from_wire(said["facts"])
+        self.ready.set_result(Ready(facts=facts, identity=said["identity"], seconds=said["seconds"]))
+
+    # The thread that writes -----------------------------------------------------------------------------
+
+    def _feed(self, process: subprocess.Popen[bytes], turns: threading.Semaphore) -> None:
+        assert process.stdin is not None
+        try:
+            self._write(process, self._asked)
+            while not self._begun.wait(1.0):
+                if process.poll() is not None:
+                    return
+            if self._run is None or self._stopping:
+                return
+            self._write(process, self._options)
+            batches = self._run.backlog.batches(self.device)
+            while True:
+                turns.acquire()
+                if process.poll() is not None:
+                    return
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                self._write(process, [task.to_wire() for task in batch])
+        except (BrokenPipeError, ValueError):  # it died: the other thread sees to it
+            return
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+
+    def _write(self, process: subprocess.Popen[bytes], line: object) -> None:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(line).encode() + b"\n")
+        process.stdin.flush()
