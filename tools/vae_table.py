@@ -25,6 +25,8 @@ _MARKS: Final = ("<!-- families: written by `python -m tools.vae_table` -->", "<
 _TILING: Final = {
     "AutoencoderKLTemporalDecoder": "none",
     "AutoencoderKLCosmos": "none",
+    "AsymmetricAutoencoderKL": "none",
+    "ConsistencyDecoderVAE": "none",
     "AutoencoderKLAllegro": "always",
     "AutoencoderKLMiniMaxH3": "default",
     "AutoencoderKLHunyuanVideo": "over time by default",
@@ -34,18 +36,40 @@ _TILING: Final = {
 def families() -> str:
     """The table of catalogue entries."""
     catalog = VaeCatalog.load()
-    served = _pipelines_by_vae()
+    served, whole = _pipelines_by_vae(), whole_pipelines()
     lines = [
-        "| family | class | layouts | state | dtype | tiling | pipelines | parity test |",
-        "|---|---|---|---|---|---|---|---|",
+        "| family | class | layouts | state | dtype | tiling | pipelines | of them whole | parity test |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in catalog.items():
-        pipelines = served.get(name, [])
+        pipelines, run = served.get(name, []), whole.get(name, [])
         lines.append(
             f"| `{name}` | {entry.vae_class} | {_layouts(entry)} | {_states(entry)} | {entry.dtype} | "
-            f"{_TILING.get(entry.vae_class, 'opt-in')} | {len(pipelines) or '–'} | {_tests(name, bool(pipelines))} |"
+            f"{_TILING.get(entry.vae_class, 'opt-in')} | {len(pipelines) or '–'} | {', '.join(run) or '–'} | "
+            f"{_tests(name, others=set(pipelines) - set(run))} |"
         )
     return "\n".join(lines)
+
+
+def whole_pipelines() -> dict[str, list[str]]:
+    """Catalogue entry → pipelines that the parity suite builds and calls whole, read from its source."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(PARITY.glob("families_of_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Whole":
+                said = {item.arg: item.value.value for item in node.keywords if isinstance(item.value, ast.Constant)}
+                _add(found, str(said["vae"]), str(said["pipeline"]).rpartition(".")[2])
+    for node in ast.parse((PARITY / "whole_pipelines.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "REMOTE_VAE_PIPELINES":
+            for pipeline, name in ast.literal_eval(node.value).items():
+                _add(found, name, pipeline)
+    return found
+
+
+def _add(found: dict[str, list[str]], name: str, pipeline: str) -> None:
+    named = found.setdefault(name, [])
+    if pipeline not in named:
+        named.append(pipeline)
 
 
 def pipelines() -> str:
@@ -79,10 +103,18 @@ def _states(entry: VaeEntry) -> str:
     return ", ".join(f"`{item}`" for item in states)
 
 
-def _tests(name: str, has_pipelines: bool) -> str:
-    """The parity tests whose source names the entry; every entry with a pipeline is in the test of all of them."""
-    found = [f"`{path.stem}`" for path in sorted(PARITY.glob("test_*.py")) if name in _strings(path)]
-    return ", ".join(dict.fromkeys((["`test_every_pipeline`"] if has_pipelines else []) + found)) or "none"
+def _tests(name: str, *, others: set[str]) -> str:
+    """The parity tests that have cases of the entry.
+
+    Args:
+        name: the entry.
+        others: its pipelines that are not called whole, which are in the test of every class.
+    """
+    whole = any(name in _strings(path) for path in PARITY.glob("families_of_*.py"))
+    remote = name in whole_pipelines() and not whole
+    found = ["test_families"] * whole + ["test_remote_vae_families"] * remote + ["test_every_pipeline"] * bool(others)
+    found += [path.stem for path in sorted(PARITY.glob("test_*.py")) if name in _strings(path)]
+    return ", ".join(f"`{item}`" for item in dict.fromkeys(found)) or "none"
 
 
 def _strings(path: Path) -> set[str]:
