@@ -192,7 +192,7 @@ def part(name: str, **config: Any) -> Any:
         ("Zzz", ["no name is near it", "docs/vaes.md"]),
         ("StableAudioPipeline", ["they are sound"]),
         ("AmusedPipeline", ["codebook"]),
-        ("HunyuanVideoFramepackPipeline", ["overlapping sections"]),
+        ("LTX2HDRPipeline", ["high dynamic range"]),
     ],
 )
 def test_a_pipeline_that_is_not_in_the_table_is_refused(name: str, words: list[str], client: DecodeClient) -> None:

@@ -37,6 +37,7 @@ _KILL_POINTS = (
     "tests/reliability/test_submit_replay.py::"
     "test_a_producer_killed_after_any_of_its_commands_leaves_a_job_or_nothing_that_stays",
     "tests/chaos/test_kill_points.py",
+    "tests/chaos/test_courier_kill_points.py",
 )
 
 

@@ -1,4 +1,4 @@
-"""Processes of a storm: workers and janitors that can be killed and are started again in well under a second.
+"""Processes of a storm: workers, janitors and couriers that can be killed and are started again in well under a second.
 
 A fork server imports torch once; each worker is a fork of it that has not computed anything yet. It is a process of its
 own all the same, and SIGKILL is what it is anywhere.
@@ -15,8 +15,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["worker.__main__", "worker.janitor", "tests.chaos.crew"])
+_CONTEXT.set_forkserver_preload(["worker.__main__", "worker.janitor", "worker.courier.__main__", "tests.chaos.crew"])
 
+#: Variable with the VAE that workers serve; sd.
+VAE = "LATENTQ_CHAOS_VAE"
 #: `metadata` of a job whose decode kills the worker.
 POISON = {"poison": "crash"}
 
@@ -33,6 +35,7 @@ def run_worker(environment: Mapping[str, str], log: str, name: str) -> None:
     _enter(environment, log)
     import torch
 
+    from tests.support import worker_faults
     from worker import __main__ as worker_main
     from worker.batch_decode import BatchDecoder
 
@@ -44,8 +47,10 @@ def run_worker(environment: Mapping[str, str], log: str, name: str) -> None:
         decode(self, vae, works, how)  # type: ignore[arg-type]
 
     BatchDecoder.decode = deadly  # type: ignore[method-assign]
+    worker_faults.install(environment.get(worker_faults.VARIABLE))
     torch.set_num_threads(1)
-    sys.exit(worker_main.main(["--vae", "sd", "--mode", "exact", "--threads", "1", "--name", name]))
+    vae = environment.get(VAE, "sd")
+    sys.exit(worker_main.main(["--vae", vae, "--mode", "exact", "--threads", "1", "--name", name]))
 
 
 def run_janitor(environment: Mapping[str, str], log: str, _: str) -> None:
@@ -54,6 +59,18 @@ def run_janitor(environment: Mapping[str, str], log: str, _: str) -> None:
     from worker import janitor
 
     sys.exit(janitor.main([]))
+
+
+def run_courier(environment: Mapping[str, str], log: str, name: str) -> None:
+    """A courier process."""
+    _enter(environment, log)
+    from worker.courier import __main__ as courier_main
+
+    sys.exit(courier_main.main(["--name", name]))
+
+
+#: By kind of member.
+_RUNS = {"worker": run_worker, "janitor": run_janitor, "courier": run_courier}
 
 
 @dataclass
@@ -72,8 +89,9 @@ class Member:
         """Starts the next process in this place."""
         name = f"{self.kind}-{self.number}-{len(self.names)}"
         self.names.append(name)
-        target = run_worker if self.kind == "worker" else run_janitor
-        self.process = _CONTEXT.Process(target=target, args=(dict(self.environment), str(self.log), name), name=name)
+        self.process = _CONTEXT.Process(
+            target=_RUNS[self.kind], args=(dict(self.environment), str(self.log), name), name=name
+        )
         self.process.start()
 
     def kill(self) -> str:
@@ -91,6 +109,12 @@ class Member:
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
+        return self.process.exitcode
+
+    def wait(self, timeout_s: float = 60.0) -> int | None:
+        """The exit status of a process that ends by itself."""
+        assert self.process is not None
+        self.process.join(timeout_s)
         return self.process.exitcode
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from broker_config.embedded_broker import find_running
 from broker_config.tensor_header import write_header
@@ -98,6 +99,14 @@ def test_the_examples_run(stack: tuple[Path, dict[str, str]]) -> None:
     example = str(ROOT / "examples" / "fire_and_forget.py")
     run(example, run(example).strip(), "forgotten.png")
     assert (folder / "forgotten.png").read_bytes()[:4] == b"\x89PNG"
+    made = [Path(file).name for file in run(str(ROOT / "examples" / "video.py"), "clip").split()]
+    assert made == ["clip.mp4", "last-frame.jpg"]
+    assert (folder / "clip" / "clip.mp4").read_bytes()[4:8] == b"ftyp"
+    pytest.importorskip("transformers")
+    run(str(ROOT / "examples" / "in_place_of_a_vae.py"), "a cup of coffee", "coffee.png")
+    with Image.open(folder / "coffee.png") as picture:
+        assert picture.size == (256, 256)
+        assert len(picture.getcolors(1 << 16) or []) > 1000, "a cup, not a plain colour"
 
 
 def test_the_catalogue_block_is_a_catalogue(tmp_path: Path) -> None:

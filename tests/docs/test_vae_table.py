@@ -17,6 +17,12 @@ def test_every_family_but_the_demo_has_a_parity_test() -> None:
     assert without == ["`demo`"], "the demo's own tests are in tests/demo_vae"
 
 
+def test_every_family_with_pipelines_has_one_that_is_called_whole() -> None:
+    rows = [[cell.strip() for cell in line.split("|")] for line in vae_table.families().splitlines()[2:]]
+    assert len(rows) > 80
+    assert [row[1] for row in rows if row[-4] != "–" and row[-3] == "–"] == []
+
+
 def test_every_layout_is_some_familys() -> None:
     text = vae_table.families()
     unused = [layout for layout in LatentLayout if f"`{layout}`" not in text]

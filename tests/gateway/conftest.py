@@ -10,17 +10,28 @@ import numpy as np
 import pytest
 import redis
 import requests
+from pydantic import SecretStr
 
 from broker_config.connection import connect_url
 from broker_config.job_store import JobStore
 from broker_config.settings import Settings, load_settings
 from broker_config.tensor_header import write_header
+from broker_config.webhook_outbox import WebhookOutbox
 from producer.gateway.api_keys import ApiKeys, Scope
 from tests.support.gateways import RunningGateway
 from tests.support.store_worker import StoreWorker
+from tests.support.told_courier import ToldCourier
 
 SAFETENSORS = {"Content-Type": "application/vnd.safetensors"}
 RAW = {"Content-Type": "application/octet-stream"}
+#: Settings under which jobs may have webhooks.
+WEBHOOKS = {
+    "public_url": "http://127.0.0.1:8765",
+    "link_key": SecretStr("k" * 32),
+    "webhook_allow": ("http://receiver:8080",),
+}
+#: Signs them.
+SECRET = "whsec_" + "QUJD" * 11
 
 
 def latents(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -98,6 +109,14 @@ def worker(broker_url: str, settings: Settings) -> Iterator[StoreWorker]:
     """Ends jobs as told."""
     connections = connect_url(broker_url, name="latentq-test-worker")
     yield StoreWorker(JobStore(connections, settings))
+    connections.close()
+
+
+@pytest.fixture
+def courier(broker_url: str, settings: Settings) -> Iterator[ToldCourier]:
+    """Delivers webhooks, or fails to, as told."""
+    connections = connect_url(broker_url, name="latentq-test-courier")
+    yield ToldCourier(WebhookOutbox(connections, settings))
     connections.close()
 
 

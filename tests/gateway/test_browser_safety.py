@@ -13,9 +13,10 @@ import requests
 from broker_config import keys
 from broker_config.connection import connect_url
 from broker_config.errors import ConfigurationError
-from broker_config.settings import Settings
+from broker_config.settings import Settings, load_settings
 from broker_config.vae_catalog import VaeCatalog
 from producer.gateway.app import check_startable
+from producer.gateway.reach import Reach
 from producer.gateway.settings import load_gateway_settings
 from tests.gateway.conftest import problem
 from tests.gateway.test_job_api import submit
@@ -38,22 +39,21 @@ from tests.support.processes import environment_of
         ({"host": "gateway.example"}, True),
         ({"auth": "required"}, True),
         ({"allowed_hosts": "gateway.example"}, True),  # a proxy on this machine makes strangers look local
-        ({"public_url": "https://gateway.example"}, True),
     ],
 )
 def test_others_need_keys_and_without_any_it_does_not_start(
     own: dict[str, str], needs_key: bool, broker_url: str, new_key: Callable[..., str]
 ) -> None:
-    settings = load_gateway_settings(_env_file=None, **own)
-    assert settings.needs_key is needs_key
+    shared, settings = load_settings(_env_file=None), load_gateway_settings(_env_file=None, **own)
+    assert Reach.of(shared, settings).needs_key is needs_key
     connections = connect_url(broker_url, name="latentq-test")
     catalog = VaeCatalog.load()
     try:
         if needs_key:
             with pytest.raises(ConfigurationError, match="latentq keys add"):
-                check_startable(connections, settings, catalog)
+                check_startable(connections, shared, settings, catalog=catalog)
             new_key("submit")
-        check_startable(connections, settings, catalog)
+        check_startable(connections, shared, settings, catalog=catalog)
     finally:
         connections.close()
 
@@ -176,11 +176,20 @@ def test_logging_in_takes_a_key(guarded: RunningGateway) -> None:
         assert problem(guarded.post("/session", data=body))[0] in (400, 401)
 
 
+@pytest.mark.parametrize(
+    ("public_url", "needs_key"),
+    [("https://gateway.example", True), ("http://127.0.0.1:8765", False), ("http://localhost:8765/", False)],
+)
+def test_a_public_url_that_is_not_this_machine_means_strangers(public_url: str, needs_key: bool) -> None:
+    shared = load_settings(public_url=public_url, _env_file=None)
+    assert Reach.of(shared, load_gateway_settings(_env_file=None)).needs_key is needs_key
+
+
 def test_the_cookie_is_for_tls_only_behind_a_tls_proxy(
-    gateways: Callable[..., RunningGateway], new_key: Callable[..., str]
+    gateways: Callable[..., RunningGateway], new_key: Callable[..., str], settings: Settings
 ) -> None:
     token = new_key("read")
-    gateway = gateways(public_url="https://queue.example")
+    gateway = gateways(settings.model_copy(update={"public_url": "https://queue.example"}))
     answer = gateway.post("/session", json={"token": token}, headers={"Origin": "https://queue.example"})
     assert "Secure" in answer.headers["Set-Cookie"]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import redis
+import requests
 from typer.testing import CliRunner
 
 from broker_config import keys
@@ -196,6 +197,33 @@ def test_watching_is_for_the_owner(guarded: RunningGateway, new_key: MakeKey, wo
     finally:
         guarded.url = url
     assert (event[0], event[1]["id"]) == ("succeeded", "cat")
+
+
+# For how long ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/overview/events", "/v1/decodes/cat/events"])
+def test_a_stream_ends_with_its_key(guarded: RunningGateway, new_key: MakeKey, path: str) -> None:
+    token = new_key("submit", "read")
+    submit(guarded, key=token, name="cat")
+    with requests.get(
+        guarded.url + path, headers={"Authorization": f"Bearer {token}"}, stream=True, timeout=30
+    ) as answer:
+        lines = answer.iter_lines()
+        assert any(line.startswith(b"event: ") for line in lines)
+        guarded.parts.keys.revoke(token.split("_")[1])
+        wait_until(lambda: not guarded.parts.streams.open, what="the stream to end")
+
+
+def test_a_stream_ends_with_its_session(guarded: RunningGateway, new_key: MakeKey) -> None:
+    with requests.Session() as browser:
+        csrf = browser.post(f"{guarded.url}/session", json={"token": new_key("read")}, timeout=30).json()["csrf"]
+        with browser.get(f"{guarded.url}/v1/overview/events", stream=True, timeout=30) as answer:
+            lines = answer.iter_lines()
+            assert any(line.startswith(b"event: ") for line in lines)
+            cookies = {name: value or "" for name, value in browser.cookies.items()}
+            requests.delete(f"{guarded.url}/session", cookies=cookies, headers={"X-CSRF-Token": csrf}, timeout=30)
+            wait_until(lambda: not guarded.parts.streams.open, what="the stream to end")
 
 
 # Rates and quotas -----------------------------------------------------------------------------------------------

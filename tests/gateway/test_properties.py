@@ -106,6 +106,36 @@ def test_a_remote_decode_is_answered(shared: RunningGateway, query: list[tuple[s
     assert isinstance(answer.json(), dict)
 
 
+@_SHARED
+@given(st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20))
+@example("http://[")
+@example("http://[::1")
+@example("//")
+def test_an_origin_is_ours_or_refused(shared: RunningGateway, origin: str) -> None:
+    answer = requests.post(f"{shared.url}/v1/decodes/x/cancel", headers={"Origin": origin}, timeout=30)
+    assert answer.status_code == 403, answer.text
+
+
+_words = st.text(st.characters(exclude_categories=()), max_size=5)  # with halves of characters
+_options = st.dictionaries(
+    st.sampled_from([*OPTIONS, "shape", "dtype"]) | _words,
+    st.recursive(_words | st.integers() | st.none() | st.booleans(), lambda inner: st.lists(inner, max_size=3)),
+    max_size=4,
+)
+
+
+@_SHARED
+@given(st.lists(_options, min_size=1, max_size=3))
+@example([{"\ud800": 1}])
+@example([{"vae": "\udfff", "job_id": "\ud800"}])
+def test_the_options_of_a_batch_are_jobs_or_refused(shared: RunningGateway, jobs: list[dict[str, object]]) -> None:
+    latents: list[tuple[str, tuple[str | None, str | bytes]]] = [("latents", ("l", b"x")) for _ in jobs]
+    files = [("jobs", (None, json.dumps(jobs))), *latents]
+    answer = requests.post(f"{shared.url}/v1/decodes/batch", files=files, timeout=30)
+    assert answer.status_code == 200, answer.text
+    assert [item["error"]["status"] in (413, 415, 422) for item in answer.json()["items"]] == [True] * len(jobs)
+
+
 # Tensor headers -------------------------------------------------------------------------------------------------
 
 _dims = st.lists(st.integers(-2, 70) | st.integers(0, 2**70) | st.none() | st.text(max_size=2), max_size=9)

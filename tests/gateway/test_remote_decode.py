@@ -29,6 +29,7 @@ from producer import DecodeClient
 from producer.operations import Operations
 from tests.gateway import remote_client
 from tests.support.processes import ROOT, environment_of
+from tests.support.remote_clients import answers_of
 from tests.support.up import Up, free_port, latentq_up
 from tests.support.wait import wait_until
 
@@ -125,18 +126,7 @@ def answers(up: Up, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, tensor in tensors.items():
         torch.save(tensor, folder / f"{name}.pt")
     asked = [{**item, "url": up.url + item["url"], "latents": str(folder / f"{item['latents']}.pt")} for item in CASES]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", remote_client.__file__],
-        input=json.dumps({"cases": asked, "out": str(folder / "answers.pt")}),
-        env=dict(up.environment),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    got: dict[str, Any] = torch.load(folder / "answers.pt", weights_only=True)
-    return got
+    return answers_of(remote_client, asked, folder=folder, environment=up.environment)
 
 
 @pytest.fixture(scope="module")

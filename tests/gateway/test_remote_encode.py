@@ -28,6 +28,7 @@ from PIL import Image
 from broker_config.messages import Kind
 from broker_config.settings import load_settings
 from producer import DecodeClient
+from producer.gateway.identity import LOCAL
 from producer.operations import Operations
 from tests.gateway import remote_encode_client
 from tests.gateway.conftest import problem
@@ -35,6 +36,7 @@ from tests.gateway.test_remote_decode import answers_at, equal, redirects
 from tests.parity.test_remote_vae_families import _vae
 from tests.support.gateways import RunningGateway
 from tests.support.processes import ROOT, environment_of
+from tests.support.remote_clients import answers_of
 from tests.support.tiny_families import write_family_catalog
 from tests.support.up import Up, free_port, latentq_up
 from tests.support.wait import wait_until
@@ -133,18 +135,7 @@ def answers(up: Up, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, image in IMAGES.items():
         torch.save(image, folder / f"{name}.pt")
     asked = [{**item, "url": up.url + item["url"], "image": str(folder / item["image"])} for item in CASES]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", remote_encode_client.__file__],
-        input=json.dumps({"cases": asked, "out": str(folder / "answers.pt")}),
-        env=dict(up.environment),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    got: dict[str, Any] = torch.load(folder / "answers.pt", weights_only=True)
-    return got
+    return answers_of(remote_encode_client, asked, folder=folder, environment=up.environment)
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +359,7 @@ def test_what_cannot_be_encoded_is_refused_and_leaves_nothing(
 
 def test_a_picture_counts_by_its_pixels_while_it_is_unpacked(gateways: Callable[..., RunningGateway]) -> None:
     running = gateways(max_uploads_bytes=20_000)
-    with running.parts.uploads.admitted(15_000):
+    with running.parts.uploads.admitted(LOCAL, 15_000):
         answer = requests.post(f"{running.url}/encode/sd", data=encoded_as("WEBP", quality=1), timeout=30)
     assert problem(answer) == (503, "gateway_busy")
     assert running.parts.uploads.size_bytes == 0

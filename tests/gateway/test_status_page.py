@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from broker_config.settings import Settings
 from tests.conftest import need_tool
-from tests.gateway.conftest import safetensors
+from tests.gateway.conftest import SECRET, WEBHOOKS, safetensors
 from tests.gateway.test_job_api import submit
 from tests.support.browser import Browser
 from tests.support.gateways import RunningGateway
 from tests.support.store_worker import StoreWorker
+from tests.support.told_courier import ToldCourier
 from tests.support.wait import wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
@@ -97,6 +99,36 @@ def test_a_failed_job_is_decoded_again_with_the_keyboard(
     browser.until("document.querySelector('#failed button').textContent === 'Submitted again'")
     (again,) = gateway.get("/v1/decodes?status=queued").json()["jobs"]
     assert again["source_job_id"] == "broken"
+
+
+def test_a_webhook_that_was_given_up_is_sent_again_with_the_keyboard(
+    browser: Browser,
+    gateways: Callable[..., RunningGateway],
+    settings: Settings,
+    worker: StoreWorker,
+    courier: ToldCourier,
+) -> None:
+    gateway = gateways(settings.model_copy(update=WEBHOOKS))
+    gateway.post("/v1/webhook-secrets", json={"secret": SECRET})
+    submit(gateway, name="fox", webhook="https://hooks.example/secret-path")
+    finish(worker)
+    browser.open(gateway.url)
+    browser.until("document.querySelector('#webhooks-now').textContent.includes('1 on their way')")
+    courier.work("stopped", status=410)
+    browser.until("document.querySelector('#webhooks button') !== null")
+    shown = browser.js("document.querySelector('#webhooks-section').innerText")
+    for words in ("0 on their way · 1 given up", "succeeded · https://hooks.example", "fox · 1 attempt", "status 410"):
+        assert words in shown
+    assert "secret-path" not in shown
+    browser.focus("#webhooks button")
+    browser.press("Enter")
+    browser.until("document.querySelector('#webhooks-now').textContent.includes('1 on their way')")
+    assert courier.work() == ["msg_fox_succeeded"]
+    browser.until("document.querySelector('#webhooks li button:not(:disabled)')?.textContent === 'Send again'")
+    browser.focus("#webhooks button")
+    browser.press("Enter")
+    wait_until(lambda: courier.work("delivered", status=200) == ["msg_fox_succeeded"])
+    browser.until("document.querySelector('#webhooks-section').innerText.includes('None was given up.')")
 
 
 def test_a_file_is_submitted_and_its_picture_shown(
@@ -187,8 +219,16 @@ def test_with_keys_it_asks_for_one_and_shows_what_that_one_may_see(
 @pytest.mark.parametrize("width", [360, 768, 1280])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_it_fits_every_width_and_can_be_read(
-    browser: Browser, gateway: RunningGateway, worker: StoreWorker, width: int, dark: bool
+    browser: Browser,
+    gateways: Callable[..., RunningGateway],
+    settings: Settings,
+    worker: StoreWorker,
+    courier: ToldCourier,
+    width: int,
+    dark: bool,
 ) -> None:
+    gateway = gateways(settings.model_copy(update=WEBHOOKS))
+    gateway.post("/v1/webhook-secrets", json={"secret": SECRET})
     worker.store.serve(
         "a-worker-with-a-rather-long-name-31415-a1b2c3",
         ["sd", "sdxl", "flux"],
@@ -197,13 +237,15 @@ def test_it_fits_every_width_and_can_be_read(
     )
     submit(gateway, name="x" * 64, metadata=json.dumps({"prompt": "word" * 60}))
     finish(worker)
-    submit(gateway, name="y" * 64)
+    submit(gateway, name="y" * 64, webhook=f"https://{'hooks.' * 30}example/")
     worker.fail(worker.claim_one())
+    courier.work()
     browser.look(width=width, dark=dark)
     for path in ("/", "/docs"):
         browser.open(gateway.url + path)
         browser.until("document.querySelectorAll('#gallery img, #paths details').length > 0")
         assert browser.js("document.documentElement.scrollWidth") <= width
+        browser.until("document.querySelector('#webhooks button, #paths') !== null")
         for selector in ("body", "h2", "th", "a"):
             assert contrast(browser, selector) >= 4.5, (path, selector)  # WCAG 2.2, 1.4.3
 

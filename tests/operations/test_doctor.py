@@ -25,6 +25,7 @@ from producer import DecodeClient
 from producer.doctor import Finding, Level, diagnose, observe
 from producer.doctor.broker_checks import admission, blob_store, clock, disk, latency, version, writes
 from producer.doctor.finding import Observations
+from producer.doctor.webhook_check import webhooks
 from producer.quantities import byte_size, duration
 from tests.operations.conftest import Made, Run, parsed
 
@@ -34,7 +35,7 @@ CHECKS = [
     "version", "latency", "clock", "memory limit", "eviction", "aof", "fsync", "disk", "writes", "admission",
     "blob store",
     "janitor", "leases", "suspended", "unserved VAEs", "paused VAEs", "waits", "parked jobs", "lost jobs", "totals",
-    "keys",
+    "keys", "webhooks",
 ]  # fmt: skip
 
 
@@ -75,7 +76,8 @@ def with_facts(seen: Observations, **facts: Any) -> Observations:
 
 
 @pytest.mark.usefixtures("janitor")
-def test_a_queue_at_work_has_no_problem(made: Made, cli: Run) -> None:
+def test_a_queue_at_work_has_no_problem(made: Made, cli: Run, broker_set: BrokerSet) -> None:
+    broker_set("appendfsync", "always")
     made.serving("worker-1", "sdxl", "sd")
     made.succeeded("done")
     made.failed("broken")
@@ -92,18 +94,21 @@ def test_a_queue_at_work_has_no_problem(made: Made, cli: Run) -> None:
 
 
 @pytest.mark.usefixtures("janitor")
-def test_a_warning_alone_is_not_a_failure_and_a_problem_is(cli: Run, made: Made, admin: redis.Redis) -> None:
+def test_a_warning_alone_is_not_a_failure_and_a_problem_is(
+    cli: Run, made: Made, admin: redis.Redis, broker_set: BrokerSet
+) -> None:
+    broker_set("appendfsync", "always")
     made.queued("held")
     cli("pause", "sdxl")
     result = cli("doctor")
     assert result.exit_code == 0
     assert "warning  paused VAEs    paused: sdxl (1 job waiting)\n" in result.stdout
     assert "                        → `latentq resume sdxl`\n" in result.stdout
-    assert "23 checks: 1 warning" in result.stdout
+    assert "24 checks: 1 warning" in result.stdout
     admin.delete(keys.JANITOR)
     result = cli("doctor")
     assert result.exit_code == 1
-    assert "23 checks: 1 problem, 1 warning" in result.stdout
+    assert "24 checks: 1 problem, 1 warning" in result.stdout
 
 
 def test_the_doctor_changes_nothing(made: Made, cli: Run, admin: redis.Redis) -> None:
@@ -207,8 +212,12 @@ def test_a_broker_without_aof_is_a_problem(finding: Of, broker_set: BrokerSet) -
     assert finding("fsync").level is Level.OK
 
 
-@pytest.mark.parametrize(("policy", "level"), [("always", Level.OK), ("everysec", Level.OK), ("no", Level.WARNING)])
-def test_appendfsync_no_is_a_warning(finding: Of, broker_set: BrokerSet, policy: str, level: Level) -> None:
+@pytest.mark.parametrize(
+    ("policy", "level"), [("always", Level.OK), ("everysec", Level.WARNING), ("no", Level.WARNING)]
+)
+def test_anything_but_appendfsync_always_is_a_warning(
+    finding: Of, broker_set: BrokerSet, policy: str, level: Level
+) -> None:
     broker_set("appendfsync", policy)
     assert finding("fsync").level is level
 
@@ -508,3 +517,22 @@ def test_durations_in_words(seconds: float, text: str) -> None:
 )
 def test_sizes_in_words(count: int, text: str) -> None:
     assert byte_size(count) == text
+
+
+# Webhooks ------------------------------------------------------------------------------------------------
+
+
+def test_webhooks_that_nobody_delivers_and_those_that_were_given_up_are_named(seen: Observations) -> None:
+    def found(**counts: Any) -> Finding:
+        return webhooks(dataclasses.replace(seen, webhooks=dataclasses.replace(seen.webhooks, **counts)))
+
+    assert found().level is Level.OK
+    assert found(pending=3, couriers=1).finding == "3 webhooks on the way, 1 courier"
+    for waiting in ({"pending": 3}, {"reserved": 1}):
+        lonely = found(**waiting)
+        assert lonely.level is Level.PROBLEM
+        assert "latentq courier" in str(lonely.fix)
+    assert found(pending=3, couriers=1, overdue_s=59.0).level is Level.OK
+    assert found(pending=3, couriers=1, overdue_s=61.0).level is Level.WARNING
+    given_up = found(dead_letters=2, stopped_endpoints=1, couriers=1)
+    assert (given_up.level, given_up.finding) == (Level.WARNING, "2 dead letters, 1 endpoint answered 410")

@@ -40,7 +40,7 @@ def test_the_new_id_of_a_long_one_fits_and_stays_its_own() -> None:
 
 
 def test_each_failed_job_is_made_once_however_often_it_is_asked_for(made: Made, client: DecodeClient, cli: Run) -> None:
-    made.failed("one", output="webp", timeout_s=33.0, metadata={"prompt": "a cat"})
+    made.failed("one", output="webp", timeout_s=66.0, metadata={"prompt": "a cat"})
     made.failed("two")
     made.succeeded("fine")
     result = cli("requeue-failed")
@@ -51,7 +51,7 @@ def test_each_failed_job_is_made_once_however_often_it_is_asked_for(made: Made, 
 
     request = client.job("one-r1").snapshot().request
     assert request is not None
-    assert (request.output, request.timeout_s, request.metadata) == ("webp", 33.0, {"prompt": "a cat"})
+    assert (request.output, request.timeout_s, request.metadata) == ("webp", 66.0, {"prompt": "a cat"})
     assert (request.source_job_id, request.priority) == ("one", "normal")
     assert [made.claimed().job_id, made.claimed().job_id] == ["one-r1", "two-r1"]
     assert client.store.claim(token="nothing-left", worker="w", vaes=["sdxl"]) == []

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import redis
+import requests
 import yaml
 from jsonschema import Draft202012Validator
 
@@ -25,6 +26,7 @@ from broker_config import keys
 from broker_config.embedded_broker import find_server_binary, verify_server
 from broker_config.settings import Settings
 from producer import DecodeClient, JobStatus
+from producer.gateway.settings import GatewaySettings
 from tests.conftest import need_tool
 from tests.support.keys_left import assert_no_stray_keys
 from tests.support.wait import wait_until
@@ -90,6 +92,7 @@ def test_the_schema_refuses_a_misspelt_key(compose: dict[str, Any]) -> None:
 def test_each_variable_of_a_service_is_a_setting(compose: dict[str, Any]) -> None:
     known = {f"LATENTQ_{name.upper()}" for name in Settings.model_fields}
     known |= {f"LATENTQ_WORKER_{name.upper()}" for name in WorkerSettings.model_fields}
+    known |= {f"LATENTQ_GATEWAY_{name.upper()}" for name in GatewaySettings.model_fields}
     used = {name for service in compose["services"].values() for name in service.get("environment", {})}
     assert {name for name in used if name.startswith("LATENTQ_")} <= known
 
@@ -109,7 +112,8 @@ def test_everything_waits_for_a_healthy_broker_and_runs_under_an_init(compose: d
     assert "healthcheck" in compose["services"]["broker"]
 
 
-def test_nothing_is_published_and_nobody_gets_privileges(compose: dict[str, Any]) -> None:
+def test_only_the_gateway_is_published_on_loopback_and_nobody_gets_privileges(compose: dict[str, Any]) -> None:
+    assert compose["services"]["gateway"].pop("ports") == ["127.0.0.1:8765:8765"]
     for name, service in compose["services"].items():
         assert not {"ports", "privileged", "network_mode", "pid", "user"} & set(service), name
         if name != "broker":
@@ -200,14 +204,14 @@ class Stack:
                 return
         raise AssertionError(broker.log.read_text())
 
-    def start(self, name: str) -> Running:
-        """A service that runs latentq, with its own command and environment."""
+    def start(self, name: str, *command: str, **changed: str) -> Running:
+        """A service that runs latentq, with its own command (or another) and environment (but for what is changed)."""
         service = self._services[name]
-        program, *arguments = service["command"]
+        program, *arguments = command or service["command"]
         installed = Path(sys.executable).with_name(program)
         assert installed.is_file(), f"{installed} is missing: pip install -e ."
         environment = {key: str(value) for key, value in service["environment"].items()}
-        environment["LATENTQ_REDIS_URL"] = self.url
+        environment |= changed | {"LATENTQ_REDIS_URL": self.url}
         return self._spawn(name, [sys.executable, str(installed), *arguments], environment)
 
     def stop(self) -> dict[str, int]:
@@ -290,6 +294,31 @@ def test_the_services_decode_a_demo_job_and_stop_in_good_order(stack: Stack, com
         finally:
             stack.running["broker"] = broker
     assert stack.stop() == {"broker": 0}
+
+
+def test_the_gateway_starts_once_there_is_a_key_and_lets_nobody_in_without(stack: Stack) -> None:
+    refused = stack.start("gateway")
+    assert refused.process.wait(60) == 2
+    assert "latentq keys add NAME" in refused.log.read_text()
+    added = stack.start("gateway", "latentq", "keys", "add", "somebody")
+    assert added.process.wait(60) == 0
+    token = added.log.read_text().split()[-1]
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    gateway = stack.start("gateway", LATENTQ_GATEWAY_PORT=str(port))
+
+    def status(**headers: str) -> int:
+        gateway.check()
+        try:
+            return requests.get(f"http://127.0.0.1:{port}/v1/vaes", headers=headers, timeout=10).status_code
+        except requests.ConnectionError:
+            return 0
+
+    assert wait_until(status, timeout_s=60, what="the gateway") == 401
+    assert status(Authorization=f"Bearer {token}") == 200
+    assert stack.stop()["gateway"] == 0
 
 
 def healthy(stack: Stack) -> tuple[int, str]:

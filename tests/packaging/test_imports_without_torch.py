@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("broker_config", "producer", "worker")
 #: Modules of `worker` that run without torch, those of them that there are.
-LIGHT_WORKER = ("worker", "worker.janitor", "worker.courier")
+LIGHT_WORKER = ("worker", "worker.janitor", "worker.courier", "worker.courier.__main__")
 #: pip's own words when it cannot reach an index.
 _UNREACHABLE = (
     "Failed to establish a new connection",
@@ -176,6 +176,8 @@ def test_the_wheel_has_the_three_packages_with_their_data_and_nothing_else(wheel
         "broker_config/vae_catalog.toml",
         "broker_config/scripts/prelude.lua",
         "worker/demo_vae/config.json",
+        "producer/demo_pipeline/model_index.json",
+        "producer/demo_pipeline/unet/diffusion_pytorch_model.safetensors",
     } <= inside
     assert {path.name for path in (ROOT / "broker_config/scripts").glob("*.lua")} == {
         Path(name).name for name in inside if name.endswith(".lua")

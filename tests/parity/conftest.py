@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.support.serving import Serving, serving
+from tests.support.tiny_families import catalogue, make
 
 #: Where the VAEs of every case lie: the worker loads these folders, and so does the reference.
 VAES = ("sd", "sdxl", "sdxl-statistics", "flux", "hunyuanvideo")
@@ -65,3 +68,9 @@ def pipelines_importable() -> None:
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def vaes() -> Callable[[str], Any]:
+    """The tiny VAE of a catalogue entry, made once."""
+    return functools.cache(lambda name: make(name, catalogue()[name]))

@@ -270,8 +270,13 @@ class Jobs(RuleBasedStateMachine):
             assert leased == (model.state is JobStatus.PROCESSING)
             owned = self.admin.zscore(keys.owners(self.blob_of(job_id)), job_id) is not None
             assert owned == (model.state is not JobStatus.EXPIRED)
-        live = sum(model.state in (JobStatus.QUEUED, JobStatus.PROCESSING) for model in self.model.values())
-        assert int(self.admin.hget(keys.TOTALS, "jobs") or 0) == live
+        live = [id_ for id_, model in self.model.items() if model.state in (JobStatus.QUEUED, JobStatus.PROCESSING)]
+        names = ("jobs", "latents_bytes", "reserved_bytes", "px")
+        totals = {name: int(self.admin.hget(keys.TOTALS, name) or 0) for name in names}
+        assert totals["jobs"] == len(live)
+        for total in names[1:]:
+            held = [self.admin.hget(keys.job(id_), total) for id_ in live]
+            assert totals[total] == sum(int(value) for value in held if value is not None), total
 
     def blob_of(self, job_id: str) -> str:
         blob = self.admin.hget(keys.job(job_id), "blob")

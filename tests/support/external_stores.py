@@ -5,7 +5,7 @@ The broker's clock cannot be moved, so a test moves the times that are written d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from broker_config import keys
@@ -63,8 +63,8 @@ class BeforeSubmit:
         self.requests: list[DecodeRequest] = []
         client.store.submit = self  # type: ignore[method-assign]
 
-    def __call__(self, request: DecodeRequest, latents: bytes = b"") -> bool:
+    def __call__(self, request: DecodeRequest, latents: bytes = b"", *, secrets: Sequence[str] = ()) -> bool:
         self.requests.append(request)
         if len(self.requests) == 1:
             self._act(request)
-        return self._submit(request, latents)
+        return self._submit(request, latents, secrets=secrets)

@@ -8,7 +8,8 @@ import redis
 
 #: Keys without TTL that broker_config/keys.py documents, and RQ's own indexes.
 _OWNED = re.compile(
-    rb"latentq:(leases|retention|deadlines|parked|totals|paused|stores|keys|tally:.+|external:.+|doomed:.+)"
+    rb"latentq:(leases|retention|deadlines|parked|totals|paused|stores|keys|tally:.+|external:.+|doomed:.+"
+    rb"|outbox|receivers|due:.+|sending:.+|stopped|dead-letters|webhook-counts)"
     rb"|rq:(queues|workers|workers:.+|queue:.+|wip:.+|finished:.+|failed:.+|canceled:.+|clean_registries:.+)"
 )
 
@@ -22,7 +23,7 @@ def stray_keys(admin: redis.Redis) -> list[str]:
             continue
         prefix, _, name = key.rpartition(b":")
         if (
-            prefix in (b"latentq:job", b"rq:job", b"latentq:attempts")
+            prefix in (b"latentq:job", b"rq:job", b"latentq:attempts", b"latentq:webhook-secret:job")
             and admin.hget(b"latentq:job:" + name, "state") in live
         ):
             continue  # a live job owns them

@@ -29,6 +29,7 @@ def environment_of(settings: Settings) -> dict[str, str]:
         value = getattr(settings, name)
         if value is not None:
             text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            text = ",".join(str(item) for item in value) if isinstance(value, tuple) else text
             environment[f"LATENTQ_{name.upper()}"] = text
     environment["PYTHONPATH"] = str(ROOT)
     environment["OMP_NUM_THREADS"] = "1"
@@ -78,7 +79,7 @@ class WorkerProcesses:
                 assert process.poll() is None, self.log(process)
                 return bool(admin.exists(keys.worker(name)))
 
-            wait_until(serving, timeout_s=60, what=f"{name} to be ready")
+            wait_until(serving, timeout_s=300, what=f"{name} to be ready")
 
     def stop_all(self) -> None:
         """Ends what still runs, with SIGTERM, and reaps everything."""

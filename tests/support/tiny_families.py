@@ -6,10 +6,10 @@ statistics for the same reason. Nothing here is ours: diffusers' classes with sm
 
 from __future__ import annotations
 
+import json
 import random
-import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -37,297 +37,211 @@ def _statistics(count: int, *, seed: int) -> dict[str, list[float]]:
     }
 
 
-def _kl(table: Mapping[str, Any], **config: Any) -> Any:
-    levels = {4: 3, 8: 4}[table["spatial"]]
-    return _DIFFUSERS.AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(8, 8, 16, 16)[:levels],
-        layers_per_block=1,
-        latent_channels=table["channels"],
-        norm_num_groups=4,
-        **config,
-    )
+#: Class → config, where it does not depend on the entry beyond channels and compression.
+_LEVELS: Final = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+_HUNYUAN: Final = {"block_out_channels": (32, 32, 32, 32, 32), "layers_per_block": 1}
+_WAN: Final = {
+    "base_dim": 8,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+}
+_LTX: Final = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": (1, 1, 1, 1, 1)}
+_BLOCKS_2D: Final = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+_CONFIGS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "AutoencoderTiny": {
+        "encoder_block_out_channels": (8, 8, 8, 8),
+        "decoder_block_out_channels": (8, 8, 8, 8),
+        "num_encoder_blocks": (1, 1, 1, 1),
+        "num_decoder_blocks": (1, 1, 1, 1),
+    },
+    "AsymmetricAutoencoderKL": {
+        **_BLOCKS_2D,
+        "down_block_out_channels": (8, 8, 8, 8),
+        "up_block_out_channels": (8, 8, 8, 16),
+        "norm_num_groups": 4,
+    },
+    "ConsistencyDecoderVAE": {
+        "encoder_block_out_channels": (8, 8, 8, 8),
+        "encoder_layers_per_block": 1,
+        "encoder_norm_num_groups": 4,
+        "decoder_block_out_channels": (8, 8),
+        "decoder_down_block_types": ("ResnetDownsampleBlock2D",) * 2,
+        "decoder_up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+        "decoder_layers_per_block": 1,
+        "decoder_norm_num_groups": 4,
+    },
+    "AutoencoderKLTemporalDecoder": {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "block_out_channels": (32, 32, 32, 32),
+        "layers_per_block": 1,
+        "scaling_factor": 0.18215,
+    },
+    "AutoencoderKLFlux2": {**_LEVELS, **_BLOCKS_2D},
+    "AutoencoderKLHunyuanImage": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (64, 64, 64, 64, 64, 128),
+        "layers_per_block": 1,
+        "spatial_compression_ratio": 32,
+        "sample_size": 64,
+        "scaling_factor": 0.75289,
+    },
+    "AutoencoderKLHunyuanImageRefiner": {
+        "block_out_channels": (32, 32, 32, 32, 64),  # the encoder averages these to twice the latent channels
+        "layers_per_block": 1,
+        "spatial_compression_ratio": 16,
+        "temporal_compression_ratio": 4,
+        "scaling_factor": 1.03682,
+    },
+    "AutoencoderDC": {
+        "in_channels": 3,
+        "attention_head_dim": 8,
+        "encoder_block_types": ("ResBlock",) * 6,
+        "decoder_block_types": ("ResBlock",) * 6,
+        "encoder_block_out_channels": (8, 8, 8, 8, 8, 32),
+        "decoder_block_out_channels": (8, 8, 8, 8, 8, 32),
+        "encoder_layers_per_block": (1,) * 6,
+        "decoder_layers_per_block": (1,) * 6,
+        "encoder_qkv_multiscales": ((),) * 6,
+        "decoder_qkv_multiscales": ((),) * 6,
+        "scaling_factor": 0.41407,
+    },
+    "AutoencoderKLQwenImage": _WAN,
+    "AutoencoderKLQwenImage21": {
+        **_WAN,
+        "decoder_base_dim": 8,
+        "dim_mult": [1, 1, 1, 1, 1],
+        "temperal_downsample": [False, True, True, True],
+    },
+    "AutoencoderKLWan": _WAN,
+    "AutoencoderKLHunyuanVideo": {**_LEVELS, "scaling_factor": 0.476986},
+    "AutoencoderKLHunyuanVideo15": {
+        **_HUNYUAN,
+        "spatial_compression_ratio": 16,
+        "temporal_compression_ratio": 4,
+        "scaling_factor": 1.03682,
+    },
+    "AutoencoderKLLTXVideo": {
+        **_LTX,
+        "decoder_block_out_channels": (8, 8, 8, 8),
+        "decoder_layers_per_block": (1, 1, 1, 1, 1),
+    },
+    "AutoencoderKLLTX2Video": {
+        **_LTX,
+        "block_out_channels": (8, 8, 8, 16),
+        "decoder_block_out_channels": (8, 16, 32),
+        "decoder_layers_per_block": (1, 1, 1, 1),
+        "spatial_compression_ratio": 32,
+        "temporal_compression_ratio": 8,
+    },
+    "AutoencoderKLCogVideoX": {
+        **_LEVELS,
+        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+        "scaling_factor": 0.7,
+    },
+    "AutoencoderKLMochi": {
+        "encoder_block_out_channels": (32, 32, 32, 32),
+        "decoder_block_out_channels": (32, 32, 32, 32),
+        "layers_per_block": (1, 1, 1, 1, 1),
+        "scaling_factor": 0.9,
+    },
+    "AutoencoderKLAllegro": {**_LEVELS, "sample_size": 128},  # tiles overlap by 120 pixels
+    "AutoencoderKLMagvit": {**_LEVELS, "block_out_channels": [8, 8, 8, 8]},
+    "AutoencoderKLCosmos": {
+        "encoder_block_out_channels": (8, 8, 8, 8),
+        "decode_block_out_channels": (8, 8, 8, 8),
+        "attention_resolutions": (8,),
+        "resolution": 64,
+        "num_layers": 1,
+    },
+    "AutoencoderKLMiniMaxH3": {
+        **_LEVELS,
+        "block_out_channels": (8, 8, 8, 8, 8, 8),
+        "decoder_num_layers": 1,
+        "decoder_num_attention_heads": 1,
+        "decoder_attention_head_dim": 16,
+        "decoder_num_register_tokens": 1,
+        "decoder_ffn_mult": 1,
+    },
+}
+#: Classes that call their latent channels z.
+_Z: Final = ("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan")
 
 
-def _tiny(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        latent_channels=table["channels"],
-        num_encoder_blocks=(1, 1, 1, 1),
-        num_decoder_blocks=(1, 1, 1, 1),
-    )
+def _config(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Config of an entry's class: what is in `_CONFIGS`, and what the entry says."""
+    kind, channels = table["vae_class"], table["channels"]
+    if kind == "AutoencoderKL":
+        levels = {4: 3, 8: 4}[table["spatial"]]
+        own: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * levels,
+            "up_block_types": ("UpDecoderBlock2D",) * levels,
+            "block_out_channels": (8, 8, 16, 16)[:levels],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "scaling_factor": 0.18215,
+        }
+    else:
+        own = dict(_CONFIGS[kind])
+    own["z_dim" if kind in _Z else "latent_channels"] = channels
+    if kind == "AutoencoderKLQwenImage":
+        own["input_channels"] = table.get("pixel_channels", 3)
+    if kind == "AutoencoderKLWan" and table["spatial"] == 16:
+        own |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12}
+        own |= {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
+    statistics = {"AutoencoderKLWan": (1, channels), "AutoencoderKLCosmos": (16, 1), "AutoencoderKLMiniMaxH3": (1, 3)}
+    if kind in statistics:
+        times, seed = statistics[kind]
+        own |= _statistics(channels * times, seed=seed)
+    return own
 
 
-def _temporal_decoder(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderKLTemporalDecoder(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        block_out_channels=(32, 32, 32, 32),
-        layers_per_block=1,
-        latent_channels=table["channels"],
-        scaling_factor=0.18215,
-    )
-
-
-def _flux2(table: Mapping[str, Any]) -> Any:
-    vae = _DIFFUSERS.AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        latent_channels=table["channels"],
-        norm_num_groups=4,
-    )
-    vae.bn.running_mean.uniform_(-0.5, 0.5)
-    vae.bn.running_var.uniform_(0.5, 2.5)
+def _with_statistics(vae: Any) -> Any:
+    """Statistics that are buffers."""
+    bounds = {
+        "bn.running_mean": (-0.5, 0.5),
+        "bn.running_var": (0.5, 2.5),
+        "latents_mean": (-1.5, 1.5),
+        "latents_std": (1.1, 3.9),
+    }
+    buffers = dict(vae.named_buffers())
+    for name, (low, high) in bounds.items():
+        if name in buffers:
+            buffers[name].uniform_(low, high)
     return vae
-
-
-def _hunyuan_image(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderKLHunyuanImage(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=table["channels"],
-        block_out_channels=(64, 64, 64, 64, 64, 128),
-        layers_per_block=1,
-        spatial_compression_ratio=32,
-        sample_size=64,
-        scaling_factor=0.75289,
-    )
-
-
-def _hunyuan_image_refiner(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderKLHunyuanImageRefiner(
-        latent_channels=table["channels"],
-        block_out_channels=(32, 32, 32, 32, 32),
-        layers_per_block=1,
-        spatial_compression_ratio=16,
-        temporal_compression_ratio=4,
-        scaling_factor=1.03682,
-    )
-
-
-def _dc(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderDC(
-        in_channels=3,
-        latent_channels=table["channels"],
-        attention_head_dim=8,
-        encoder_block_types=("ResBlock",) * 6,
-        decoder_block_types=("ResBlock",) * 6,
-        encoder_block_out_channels=(8, 8, 8, 8, 8, 32),
-        decoder_block_out_channels=(8, 8, 8, 8, 8, 32),
-        encoder_layers_per_block=(1,) * 6,
-        decoder_layers_per_block=(1,) * 6,
-        encoder_qkv_multiscales=((),) * 6,
-        decoder_qkv_multiscales=((),) * 6,
-        scaling_factor=0.41407,
-    )
-
-
-def _qwen(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=table["channels"],
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        input_channels=table.get("pixel_channels", 3),
-    )
-
-
-def _qwen21(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderKLQwenImage21(
-        base_dim=8,
-        decoder_base_dim=8,
-        z_dim=table["channels"],
-        dim_mult=[1, 1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True, True],
-    )
-
-
-def _wan(table: Mapping[str, Any]) -> Any:
-    large = table["spatial"] == 16
-    return _DIFFUSERS.AutoencoderKLWan(
-        base_dim=8,
-        z_dim=table["channels"],
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        **({"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12} if large else {}),
-        **({"scale_factor_spatial": 16, "scale_factor_temporal": 4} if large else {}),
-        **_statistics(table["channels"], seed=table["channels"]),
-    )
-
-
-def _hunyuan_video(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderKLHunyuanVideo(
-        latent_channels=table["channels"],
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        scaling_factor=0.476986,
-    )
-
-
-def _hunyuan_video15(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderKLHunyuanVideo15(
-        latent_channels=table["channels"],
-        block_out_channels=(32, 32, 32, 32, 32),
-        layers_per_block=1,
-        spatial_compression_ratio=16,
-        temporal_compression_ratio=4,
-        scaling_factor=1.03682,
-    )
 
 
 def ltx(table: Mapping[str, Any], *, timestep_conditioning: bool = False) -> Any:
     """LTX-Video's VAE, which from 0.9.1 on is told the timestep it decodes at."""
-    vae = _DIFFUSERS.AutoencoderKLLTXVideo(
-        latent_channels=table["channels"],
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-        timestep_conditioning=timestep_conditioning,
-    )
-    return _with_buffers(vae)
+    config = {**_config(table), "timestep_conditioning": timestep_conditioning}
+    return _with_statistics(_DIFFUSERS.AutoencoderKLLTXVideo(**config))
 
 
-def _ltx2(table: Mapping[str, Any]) -> Any:
-    vae = _DIFFUSERS.AutoencoderKLLTX2Video(
-        latent_channels=table["channels"],
-        block_out_channels=(8, 8, 8, 16),
-        decoder_block_out_channels=(8, 16, 32),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1),
-    )
-    return _with_buffers(vae)
-
-
-def _with_buffers(vae: Any) -> Any:
-    vae.latents_mean.uniform_(-1.5, 1.5)
-    vae.latents_std.uniform_(1.1, 3.9)
-    return vae
-
-
-def _cogvideox(table: Mapping[str, Any], *, scaling_factor: float) -> Any:
-    return _DIFFUSERS.AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=table["channels"],
-        layers_per_block=1,
-        norm_num_groups=4,
-        scaling_factor=scaling_factor,
-    )
-
-
-def _mochi(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderKLMochi(
-        latent_channels=table["channels"],
-        encoder_block_out_channels=(32, 32, 32, 32),
-        decoder_block_out_channels=(32, 32, 32, 32),
-        layers_per_block=(1, 1, 1, 1, 1),
-        scaling_factor=0.9,
-    )
-
-
-def _allegro(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderKLAllegro(
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        latent_channels=table["channels"],
-        norm_num_groups=4,
-        sample_size=128,  # tiles overlap by 120 pixels
-    )
-
-
-def _magvit(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderKLMagvit(
-        block_out_channels=[8, 8, 8, 8], latent_channels=table["channels"], layers_per_block=1, norm_num_groups=4
-    )
-
-
-def _cosmos(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderKLCosmos(
-        latent_channels=table["channels"],
-        encoder_block_out_channels=(8, 8, 8, 8),
-        decode_block_out_channels=(8, 8, 8, 8),
-        attention_resolutions=(8,),
-        resolution=64,
-        num_layers=1,
-        **_statistics(table["channels"] * 16, seed=1),
-    )
-
-
-def _minimax(table: Mapping[str, Any]) -> Any:
-    return _DIFFUSERS.AutoencoderKLMiniMaxH3(
-        latent_channels=table["channels"],
-        block_out_channels=(8, 8, 8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        decoder_num_layers=1,
-        decoder_num_attention_heads=1,
-        decoder_attention_head_dim=16,
-        decoder_num_register_tokens=1,
-        decoder_ffn_mult=1,
-        **_statistics(table["channels"], seed=3),
-    )
-
-
-_OWN: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
-    "playground": lambda table: _kl(table, scaling_factor=0.5, **_statistics(4, seed=2)),
-    "sd-x4-upscaler": lambda table: _kl(table, scaling_factor=0.08333),
-    "kolors": lambda table: _kl(table, scaling_factor=0.13025),
-    "sdxl": lambda table: _kl(table, scaling_factor=0.13025),
-    "sd3": lambda table: _kl(
-        table, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
-    ),
-    "glm-image": lambda table: _kl(table, **_statistics(16, seed=4)),
-    "cogview3": lambda table: _kl(table, scaling_factor=1.0),
-    "cogview4": lambda table: _kl(table, scaling_factor=1.0),
-    "kandinsky5-image": lambda table: _kl(table, scaling_factor=0.3611),
-    "cogvideox-2b": lambda table: _cogvideox(table, scaling_factor=1.15258426),
-}
-
-_SHIFTED: Final = ("flux", "chroma", "bria", "longcat-image", "ovis-image", "lumina2", "hidream", "z-image", "prx")
-
-_CLASSES: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
-    "AutoencoderKL": lambda table: _kl(table, scaling_factor=0.18215),
-    "AutoencoderTiny": _tiny,
-    "AutoencoderKLTemporalDecoder": _temporal_decoder,
-    "AutoencoderKLFlux2": _flux2,
-    "AutoencoderKLHunyuanImage": _hunyuan_image,
-    "AutoencoderKLHunyuanImageRefiner": _hunyuan_image_refiner,
-    "AutoencoderDC": _dc,
-    "AutoencoderKLQwenImage": _qwen,
-    "AutoencoderKLQwenImage21": _qwen21,
-    "AutoencoderKLWan": _wan,
-    "AutoencoderKLHunyuanVideo": _hunyuan_video,
-    "AutoencoderKLHunyuanVideo15": _hunyuan_video15,
-    "AutoencoderKLLTXVideo": ltx,
-    "AutoencoderKLLTX2Video": _ltx2,
-    "AutoencoderKLCogVideoX": lambda table: _cogvideox(table, scaling_factor=0.7),
-    "AutoencoderKLMochi": _mochi,
-    "AutoencoderKLAllegro": _allegro,
-    "AutoencoderKLMagvit": _magvit,
-    "AutoencoderKLCosmos": _cosmos,
-    "AutoencoderKLMiniMaxH3": _minimax,
+_SHIFTED: Final = {"shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
+_AS_FLUX: Final = ("flux", "chroma", "bria", "longcat-image", "ovis-image", "lumina2", "hidream", "z-image", "prx")
+#: Entry → what of its config its class does not tell.
+_OWN: Final[Mapping[str, Mapping[str, Any]]] = {
+    "playground": {"scaling_factor": 0.5, **_statistics(4, seed=2)},
+    "sd-x4-upscaler": {"scaling_factor": 0.08333},
+    "kolors": {"scaling_factor": 0.13025},
+    "sdxl": {"scaling_factor": 0.13025},
+    "sd3": {**_SHIFTED, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "glm-image": _statistics(16, seed=4),
+    "cogview3": {"scaling_factor": 1.0},
+    "cogview4": {"scaling_factor": 1.0},
+    "kandinsky5-image": {"scaling_factor": 0.3611},
+    "cogvideox-2b": {"scaling_factor": 1.15258426},
+    **{name: {**_SHIFTED, "scaling_factor": 0.3611} for name in _AS_FLUX},
 }
 
 
 def make(name: str, table: Mapping[str, Any]) -> Any:
     """A tiny VAE for the entry `name`; the same one for the same entry."""
     torch.manual_seed(sum(name.encode()))
-    if name in _SHIFTED:
-        vae = _kl(table, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
-    else:
-        vae = _OWN.get(name, _CLASSES[table["vae_class"]])(table)
-    return vae.eval()
+    vae = getattr(_DIFFUSERS, table["vae_class"])(**{**_config(table), **_OWN.get(name, {})})
+    return _with_statistics(vae).eval()
 
 
 def write_family_catalog(folder: Path, names: Iterable[str] | None = None, *, suffix: str = "") -> Path:
@@ -345,13 +259,7 @@ def write_family_catalog(folder: Path, names: Iterable[str] | None = None, *, su
         make(name, table).save_pretrained(folder / name)
         own = {key: value for key, value in table.items() if key not in ("subfolder", "revision", "source")}
         own |= {"weights": str(folder / name)}
-        lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in own.items()), ""]
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in own.items()), ""]  # JSON is TOML here
     path = folder / f"families{suffix}.toml"
     path.write_text("\n".join(lines))
     return path
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return re.sub("'", '"', repr(value))

@@ -26,6 +26,7 @@ from broker_config.messages import (
     Output,
     check_job_id,
 )
+from broker_config.webhooks import JOB_EVENTS, Webhook, WebhookEvent
 
 #: A machine that does much else must not fail a test.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -50,8 +51,12 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 counts = st.integers(1, 2**40)
 seconds = st.floats(0.001, 1e9)
 blobs = st.builds(BlobRef, store=texts, name=texts, sha256=texts, size_bytes=counts)
+webhooks = st.builds(
+    Webhook, url=texts, events=st.lists(st.sampled_from(JOB_EVENTS), unique=True).map(tuple), inline=st.booleans()
+)
 requests = st.builds(
     DecodeRequest,
+    webhook=st.none() | webhooks,
     job_id=st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True),
     vae=texts,
     layout=texts,
@@ -84,6 +89,7 @@ requests = st.builds(
     decode_timestep=st.none() | st.floats(0, 1),
     decode_noise_scale=st.none() | st.floats(0, 1),
     seed=st.none() | st.integers(0, 2**64 - 1),
+    noise_state=st.none() | st.just("ab-_" * 900),
     vae_class=st.none() | st.just("AutoencoderKL"),
     vae_config=st.none() | st.just("0123456789abcdef"),
     vae_revision=st.none() | st.just("v1.0-rc.2"),
@@ -182,6 +188,7 @@ OTHERS: dict[str, Any] = {
     "metadata": {"seed": "1"},
     "provenance": False,
     "allow_tiling": True,
+    "preview": "taesd",
     "source_job_id": "j-0",
     "state": "denormalised",
     "patch_size": 1,
@@ -192,9 +199,11 @@ OTHERS: dict[str, Any] = {
     "decode_timestep": 0.05,
     "decode_noise_scale": 0.025,
     "seed": 42,
+    "noise_state": "ab-_" * 900,
     "vae_class": "AutoencoderTiny",
     "vae_config": "0123456789abcdef",
     "vae_revision": "main",
+    "webhook": Webhook(url="https://hooks.example/done", events=(WebhookEvent.FAILED,), inline=True),
     "kind": Kind.ENCODE,
     "schema_version": SCHEMA_VERSION + 1,
 }
@@ -395,6 +404,8 @@ def test_nothing_leaves_an_end_but_to_be_forgotten() -> None:
         ("decode_noise_scale", float("nan")),
         ("seed", -1),
         ("seed", 2**64),
+        ("noise_state", "short"),
+        ("noise_state", "+" * 2000),
         ("vae_class", "os.system"),
         ("vae_config", "0123"),
         ("vae_revision", "../main"),

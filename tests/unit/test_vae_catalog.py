@@ -35,7 +35,7 @@ def load(tmp_path: Path, text: str | bytes) -> VaeCatalog:
         ("sd", "AutoencoderKL", 4, 8, 1, ["unpacked", "video_2d"]),
         ("sdxl", "AutoencoderKL", 4, 8, 1, ["unpacked", "video_2d"]),
         ("flux", "AutoencoderKL", 16, 8, 1, ["packed", "unpacked"]),
-        ("hunyuanvideo", "AutoencoderKLHunyuanVideo", 16, 8, 4, ["video"]),
+        ("hunyuanvideo", "AutoencoderKLHunyuanVideo", 16, 8, 4, ["video", "video_sections"]),
     ],
 )
 def test_the_remote_vae_families_are_in_with_their_published_sizes(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
-from broker_config.errors import DecodeFailed
+from broker_config.errors import DecodeFailed, EncodeFailed
 from broker_config.settings import Settings
 from producer import DecodeClient, JobHandle, JobStatus
 from tests.support.thread_worker import ThreadWorker
+from worker.finish_stage import FinishStage
+from worker.stages import ChunkStream, Work
 
 POISONED = 77.0
 
@@ -65,3 +70,30 @@ def test_one_latent_that_fails_takes_no_other_along_and_is_the_one_blamed(
     assert [error["code"] for error in errors] == [DecodeFailed.code] * settings.max_errors
     assert "this latent breaks the VAE" in errors[0]["message"]
     assert jobs[0].snapshot().errors == ()
+
+
+def test_an_encoder_that_gives_up_takes_no_other_job_of_its_batch_along(
+    client: DecodeClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives up before the first pixel came, and the device finds nobody at the other end."""
+    jobs = [submit(client, number) for number in (1.0, 2.0, 3.0, 4.0)]
+    encode, accept = FinishStage._encode, FinishStage.accept
+
+    def broken(self: FinishStage, work: Work, stream: ChunkStream) -> Any:
+        if work.claim.job_id == jobs[0].id:
+            raise EncodeFailed("could not start ffmpeg: no space left on device")
+        return encode(self, work, stream)
+
+    def and_wait_for_the_end(self: FinishStage, work: Work, stream: ChunkStream) -> None:
+        accept(self, work, stream)
+        if work.claim.job_id == jobs[0].id:
+            assert stream._closed.wait(60)
+
+    monkeypatch.setattr(FinishStage, "_encode", broken)
+    monkeypatch.setattr(FinishStage, "accept", and_wait_for_the_end)
+    with ThreadWorker(settings, mode="fast", encode_threads=1) as running:
+        wait_all(client, jobs)
+        assert running.gate.calls[0][0] == 4
+    assert [job.status() for job in jobs] == [JobStatus.FAILED, *[JobStatus.SUCCEEDED] * 3]
+    assert [error["code"] for error in jobs[0].snapshot().errors] == [EncodeFailed.code] * settings.max_errors
+    assert [job.snapshot().attempts for job in jobs[1:]] == [1, 1, 1]

@@ -1,0 +1,104 @@
+"""A key that is of another kind, or no text, stands in the way of its own job and of no other."""
+
+from __future__ import annotations
+
+import pytest
+
+from broker_config import keys
+from broker_config.messages import JobStatus
+from tests.support.store_queue import LONG_S, NO_OUTAGE_S, Queue
+from tests.support.wait import wait_until
+from worker.janitor import Janitor
+
+FAILED = keys.rq_registry("failed", keys.queue_name("sd", "normal"))
+
+
+def reap_now(queue: Queue, *jobs: str) -> dict[str, str]:
+    """Looks at the leases of these jobs as though they had ended."""
+    queue.store().reap("janitor", quiet_s=NO_OUTAGE_S)
+    queue.admin.hset(keys.REAPER, "grace_ms", 0)
+    queue.admin.zadd(keys.LEASES, {job: 1 + number for number, job in enumerate(jobs)})
+    return dict(queue.store().reap("janitor", quiet_s=NO_OUTAGE_S).jobs)
+
+
+def test_a_lease_whose_job_cannot_go_back_does_not_hold_up_the_others(queue: Queue) -> None:
+    broken, fine = queue.submit(vae="sdxl"), queue.submit()
+    queue.worker("w", "sdxl").claim_one()
+    queue.worker().claim_one()
+    registry = keys.rq_registry("failed", keys.queue_name("sdxl", "normal"))
+    queue.admin.set(registry, "of another kind")
+    assert reap_now(queue, broken, fine) == {broken: "broken", fine: "requeued"}
+    assert queue.admin.zscore(keys.LEASES, broken) > queue.store().now_ms() + LONG_S * 500  # looked at again later
+    queue.admin.delete(registry)
+    assert reap_now(queue, broken) == {broken: "requeued"}
+
+
+def test_a_death_counts_once_however_often_its_job_cannot_go_back(queue: Queue) -> None:
+    job = queue.submit()
+    worker = queue.worker()
+    worker.renew(worker.claim_one(), stage="device")
+    queue.admin.set(FAILED, "of another kind")
+    for _ in range(5):
+        assert reap_now(queue, job) == {job: "broken"}
+    queue.admin.delete(FAILED)
+    assert reap_now(queue, job) == {job: "crashed"}
+    snapshot = queue.store().snapshot(job)
+    assert (snapshot.status, snapshot.crash_count, len(snapshot.errors)) == (JobStatus.QUEUED, 1, 1)
+
+
+def test_a_late_job_that_cannot_be_ended_does_not_hold_up_the_others(queue: Queue) -> None:
+    fine = queue.submit()
+    queue.admin.hset(keys.job(fine), "deadline_ms", 1)
+    queue.admin.set(keys.job("broken"), "of another kind", ex=60)
+    queue.admin.zadd(keys.DEADLINES, {"broken": 1, fine: 2})
+    janitor = Janitor(queue.store(), name="janitor")
+    for _ in range(2):  # the broken one ends its round, and is not in the next one
+        janitor.tick()
+    assert queue.state(fine) is JobStatus.FAILED
+
+
+def test_an_audit_mends_the_others(queue: Queue) -> None:
+    lost = queue.submit()
+    queue.admin.delete(keys.rq_queue(keys.queue_name("sd", "normal")))
+    queue.admin.hset(keys.job(lost), "queued_ms", 1)
+    queue.admin.set(keys.job("broken"), "of another kind", ex=60)
+    assert queue.store().audit(["broken", lost], settle_s=1) == {"broken": "broken", lost: "requeued"}
+
+
+@pytest.mark.parametrize("step", ["_reap", "_end_overdue", "_audit"])
+def test_a_part_of_the_janitors_round_that_fails_does_not_stop_the_others(
+    queue: Queue, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = queue.submit(retention_s=0.01)
+    worker = queue.worker()
+    worker.succeed(worker.claim_one())
+    janitor = Janitor(queue.store(), name="janitor")
+
+    def broken() -> None:
+        raise ValueError("nobody expected this")
+
+    monkeypatch.setattr(janitor, step, broken)
+
+    def retired() -> bool:
+        janitor.tick()
+        return bool(queue.admin.hget(keys.job(job), "state") == b"expired")
+
+    wait_until(retired, what="the end of its retention")
+
+
+def test_ids_that_are_no_text_do_not_stop_the_audit(queue: Queue) -> None:
+    """They are in a queue, and a record of theirs is met on the walk over all of them."""
+    raw = b"\xff\xfe"
+    queue.admin.rpush(keys.rq_queue(keys.queue_name("sdxl", "normal")), raw)
+    queue.admin.sadd(keys.RQ_QUEUES, keys.rq_queue(keys.queue_name("sdxl", "normal")))
+    queue.admin.set(keys.job("").encode() + raw, "of another kind", ex=60)
+    lost = queue.submit()
+    queue.admin.delete(keys.rq_queue(keys.queue_name("sd", "normal")))
+    queue.admin.hset(keys.job(lost), "queued_ms", 1)
+    janitor = Janitor(queue.store(), name="janitor")
+
+    def mended() -> bool:
+        janitor.tick()
+        return queue.waiting() == [lost]
+
+    wait_until(mended, what="the audit")

@@ -1,0 +1,1 @@
+"""The spool: a program of its own (`kill_at_line`) needs the folder as a package."""
