@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import gateway_load, queue_cost, throughput
+from benchmarks import gateway_load, overlap, queue_cost, throughput
 
 
 def _run(main: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -23,6 +23,7 @@ def main() -> None:
     costs = _run(queue_cost.main)
     through = _run(throughput.main)
     load = _run(gateway_load.main)
+    farm = _run(overlap.main)
     table = Table(title="latentq benchmarks", header_style="bold")
     for heading in ("what", "figure", "bar"):
         table.add_column(heading)
@@ -51,6 +52,10 @@ def main() -> None:
     memory = costs["memory"]
     table.add_row("broker bytes for a queued job", f"{memory['bytes_per_queued_job']:.0f}", "")
     table.add_row("broker bytes for a finished job", f"{memory['bytes_per_finished_job']:.0f}", "")
+    for name, row in farm.items():
+        table.add_row(f"farm: wall time ÷ its bound, {name}", f"{row['wall_to_bound']:.3f}", "≤ 1.05")
+        table.add_row(f"farm: overlap ratio, {name}", f"{row['overlap_ratio']:.3f}", "≥ 0.95")
+        table.add_row(f"farm: in-process ÷ farm, {name}", f"{row['speed_up_over_in_process']:.2f}", "")
     Console().print(table)
 
 
