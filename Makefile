@@ -9,10 +9,10 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup run test check fix bench chaos clean
+.PHONY: help setup run test check fix bench chaos chaos-webhooks chaos-farm clean
 
 help: ## List the targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed ## Make .venv with everything that run, test and check need
 
@@ -38,6 +38,12 @@ bench: $(VENV)/.installed ## Measure: ratios against baselines of the same run, 
 chaos: $(VENV)/.installed ## Kill everything at random, 2,000 jobs long, and check that nothing is missing
 	$(BIN)/python -m tests.chaos $(ARGS)
 
+chaos-webhooks: $(VENV)/.installed ## Kill workers and couriers at random; every end of a job is told, under one id
+	$(BIN)/python -m tests.chaos.webhook_storm $(ARGS)
+
+chaos-farm: $(VENV)/.installed ## Make 500 pictures while generators and workers are killed, and check that none is missing
+	$(BIN)/python -m tests.chaos.farm $(ARGS)
+
 clean: ## Remove everything that these targets made
 	rm -rf $(VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -45,11 +51,11 @@ clean: ## Remove everything that these targets made
 # The stamps make a second run fast; a change of the dependencies installs again. `run` does without the tools of
 # `test` and `check`, which cost another 200 MB.
 $(VENV)/.installed-run: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[worker,local]'
+	$(INSTALL) -e '.[worker,farm,local]'
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[worker,local,dev]'
+	$(INSTALL) -e '.[worker,farm,local,dev]'
 	@touch $(VENV)/.installed-run $@
 
 $(BIN)/python:
