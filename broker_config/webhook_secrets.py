@@ -119,7 +119,9 @@ class WebhookSecrets:
         valid = self.of(owner)
         if len(valid) >= MAX_SECRETS:
             raise InvalidOption(f"{owner} has {MAX_SECRETS} valid secrets: remove one first", field="secret")
-        made = WebhookSecret(id=secrets.token_hex(4), secret=secret, made_ms=now_ms, until_ms=0)
+        # Later than every other, even of the same millisecond: the newest signs first.
+        made_ms = max([now_ms, *(old.made_ms + 1 for old in valid)])
+        made = WebhookSecret(id=secrets.token_hex(4), secret=secret, made_ms=made_ms, until_ms=0)
         ends_ms = now_ms + round(overlap_s * 1000)
         with broker_errors(self._connections.url), client.pipeline(transaction=True) as pipe:
             for old in valid:

@@ -135,11 +135,15 @@ def test_a_full_queue_is_waited_for_without_a_thread(own_settings: Settings, wor
 
 def test_five_hundred_waits_take_one_thread_and_each_is_woken(own_settings: Settings) -> None:
     async def story() -> None:
+        before = set(threading.enumerate())
         async with client_of(own_settings) as client:
             jobs = [await client.submit(LATENTS, vae="sd", job_id=f"job-{number}") for number in range(500)]
             waits = [asyncio.create_task(job.wait()) for job in jobs]
             await wait_until_async(lambda: len(client.feed._watches) == 500, what="all waits to hang on the feed")
-            assert threading.active_count() < 20  # two pools and the feed, however many wait
+            ours = [thread.name.partition("_")[0] for thread in set(threading.enumerate()) - before]
+            assert set(ours) <= {"commands", "transfers", "ended-feed"}
+            assert ours.count("ended-feed") == 1
+            assert len(ours) < 20  # the two pools are bounded, however many wait
             for job in jobs:
                 await job.cancel()
             done = await asyncio.wait_for(asyncio.gather(*waits), 60)
