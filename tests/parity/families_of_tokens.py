@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from tests.parity.tiny_denoisers import COSMOS
 from tests.parity.whole_pipelines import (
     COLUMNS,
+    FROM_WORDS,
     GUARDED,
     LARGE,
     PROMPT,
     ROWS,
     SMALL,
-    TEXT,
     UNGUIDED,
     NoEncoder,
     Whole,
@@ -24,34 +24,12 @@ from tests.parity.whole_pipelines import (
     euler,
     mask,
     picture,
+    small_picture,
     text,
+    tiny,
 )
 
-#: One layer of each kind, two heads of 16, as FLUX.1 and its kin call them.
-_FLUX = {
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": TEXT,
-    "axes_dims_rope": [4, 4, 8],
-}
-_FLUX2 = {**_FLUX, "timestep_guidance_channels": 16, "axes_dims_rope": [4, 4, 4, 4]}
-_QWEN = {
-    "num_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": TEXT,
-    "axes_dims_rope": (8, 4, 4),
-}
 _QWEN_PROMPT = {"prompt_embeds": text, "prompt_embeds_mask": mask}
-_JOY = {
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "text_dim": TEXT,
-    "num_layers": 1,
-    "rope_dim_list": [4, 6, 6],
-}
 
 
 class _NoProcessor:
@@ -63,28 +41,28 @@ class _NoProcessor:
         return [[0, 1]]
 
 
-_IDEOGRAM = {
-    "num_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 1,
-    "intermediate_size": 16,
-    "adaln_dim": 8,
-    "llm_features_dim": TEXT,
-    "mrope_section": (4, 2, 2),
-}
-
-
 def _ideogram_prompt() -> Any:
     ids = diffusers_class("Ideogram4Pipeline")._prepare_ids([3, 3], ROWS // 2, COLUMNS // 2, 3, torch.device("cpu"))
     return (text(length=3 + ROWS * COLUMNS // 4), *ids)
 
+
+_BRIA_FIBO = Whole(
+    pipeline="BriaFiboPipeline",
+    vae="bria-fibo",
+    denoiser="BriaFiboTransformer2DModel",
+    config={"in_channels": 48},
+    answers={
+        "encode_prompt": lambda: (text(), None, torch.zeros(3, 3), mask(), None, [text(), text()], None),
+    },
+    call={**LARGE, **UNGUIDED, "prompt": ["a fox", "a hen"]},
+    given=LARGE,
+)
 
 CASES: Mapping[str, Whole] = {
     "chroma": Whole(
         pipeline="ChromaPipeline",
         vae="chroma",
         denoiser="ChromaTransformer2DModel",
-        config={**_FLUX, "approximator_num_channels": 16, "approximator_hidden_dim": 32, "approximator_layers": 1},
         call={**SMALL, **PROMPT, "prompt_attention_mask": lambda: mask().bool(), "guidance_scale": 0.0},
         given=SMALL,
     ),
@@ -92,15 +70,13 @@ CASES: Mapping[str, Whole] = {
         pipeline="BriaPipeline",
         vae="bria",
         denoiser="BriaTransformer2DModel",
-        config={**_FLUX, "in_channels": 16},
-        call={**SMALL, **PROMPT, **UNGUIDED},
+        call=FROM_WORDS,
         given=SMALL,
     ),
     "longcat-image": Whole(
         pipeline="LongCatImagePipeline",
         vae="longcat-image",
         denoiser="LongCatImageTransformer2DModel",
-        config={**_FLUX, "pooled_projection_dim": TEXT},
         answers={"_encode_prompt": text},
         call={**SMALL, **UNGUIDED, "prompt": ["a fox", "a hen"], "enable_prompt_rewrite": False},
         given=SMALL,
@@ -109,15 +85,13 @@ CASES: Mapping[str, Whole] = {
         pipeline="OvisImagePipeline",
         vae="ovis-image",
         denoiser="OvisImageTransformer2DModel",
-        config=_FLUX,
-        call={**SMALL, **PROMPT, **UNGUIDED},
+        call=FROM_WORDS,
         given=SMALL,
     ),
     "flux2": Whole(
         pipeline="Flux2Pipeline",
         vae="flux2",
         denoiser="Flux2Transformer2DModel",
-        config=_FLUX2,
         call={**SMALL, **PROMPT},
         given=SMALL,
     ),
@@ -125,7 +99,7 @@ CASES: Mapping[str, Whole] = {
         pipeline="Flux2KleinPipeline",
         vae="flux2-klein",
         denoiser="Flux2Transformer2DModel",
-        config={**_FLUX2, "guidance_embeds": False},
+        config={"guidance_embeds": False},
         parts={"is_distilled": True},
         call={**SMALL, **PROMPT},
     ),
@@ -133,35 +107,12 @@ CASES: Mapping[str, Whole] = {
         pipeline="ErnieImagePipeline",
         vae="ernie-image",
         denoiser="ErnieImageTransformer2DModel",
-        config={
-            "hidden_size": 32,
-            "num_attention_heads": 2,
-            "num_layers": 1,
-            "ffn_hidden_size": 32,
-            "text_in_dim": TEXT,
-            "rope_axes_dim": (4, 4, 8),
-        },
         call={**SMALL, "prompt_embeds": lambda: list(text()), **UNGUIDED},
     ),
     "bria-fibo2": Whole(
         pipeline="BriaFibo2Pipeline",
         vae="bria-fibo2",
         denoiser="BriaFibo2Transformer2DModel",
-        config={
-            "dim": 32,
-            "n_layers": 1,
-            "n_refiner_layers": 1,
-            "n_heads": 2,
-            "cap_feat_dim": TEXT,
-            "injection_layer_ids": (0,),
-            "perceiver_num_layers": 1,
-            "min_num_gist_tokens": 4,
-            "max_num_gist_tokens": 8,
-            "gist_step": 4,
-            "gist_min_text_len": 4,
-            "gist_max_text_len": 8,
-            "axes_dims": (8, 4, 4),
-        },
         call={
             **SMALL,
             **UNGUIDED,
@@ -173,9 +124,8 @@ CASES: Mapping[str, Whole] = {
         pipeline="Ideogram4Pipeline",
         vae="ideogram4",
         denoiser="Ideogram4Transformer2DModel",
-        config=_IDEOGRAM,
         parts={
-            "unconditional_transformer": lambda: diffusers_class("Ideogram4Transformer2DModel")(**_IDEOGRAM).eval(),
+            "unconditional_transformer": lambda: tiny("Ideogram4Transformer2DModel"),
         },
         answers={"encode_prompt": _ideogram_prompt},
         call={
@@ -194,14 +144,9 @@ CASES: Mapping[str, Whole] = {
         config={
             "in_channels": 128,
             "out_channels": 64,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "num_refiner_layers": 1,
-            "num_attention_heads": 1,
             "attention_head_dim": 16,
-            "patch_size": (1, 1, 1),
-            "text_embed_dim": TEXT,
-            "rope_axes_dim": (4, 6, 6),
+            "patch_size": [1, 1, 1],
+            "rope_axes_dim": [4, 6, 6],
             "guidance_embeds": True,
         },
         call={
@@ -214,7 +159,6 @@ CASES: Mapping[str, Whole] = {
         pipeline="QwenImagePipeline",
         vae="qwen-image",
         denoiser="QwenImageTransformer2DModel",
-        config=_QWEN,
         call={**SMALL, **_QWEN_PROMPT, "true_cfg_scale": 1.0},
         given=SMALL,
     ),
@@ -222,7 +166,7 @@ CASES: Mapping[str, Whole] = {
         pipeline="QwenImageLayeredPipeline",
         vae="qwen-image-layered",
         denoiser="QwenImageTransformer2DModel",
-        config={**_QWEN, "use_additional_t_cond": True, "use_layer3d_rope": True},
+        config={"use_additional_t_cond": True, "use_layer3d_rope": True},
         parts={"text_encoder": NoEncoder},
         answers={"get_image_caption": lambda: ["a fox"], "encode_prompt": lambda: (text(1), mask(1))},
         call={"image": lambda: picture(height=96, width=128).convert("RGBA"), "layers": 2, "true_cfg_scale": 1.0},
@@ -235,13 +179,6 @@ CASES: Mapping[str, Whole] = {
         pipeline="QwenImage21Pipeline",
         vae="qwen-image-21",
         denoiser="QwenImage21Transformer2DModel",
-        config={
-            "num_layers": 1,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "context_in_dim": TEXT,
-            "axes_dims_rope": (8, 4, 4),
-        },
         parts={"processor": _NoProcessor},
         call={**LARGE, "prompt_embeds": text, "prompt_embeds_mask": lambda: mask().bool(), "true_cfg_scale": 1.0},
         given=LARGE,
@@ -250,22 +187,6 @@ CASES: Mapping[str, Whole] = {
         pipeline="Krea2Pipeline",
         vae="krea2",
         denoiser="Krea2Transformer2DModel",
-        config={
-            "num_layers": 1,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "intermediate_size": 32,
-            "timestep_embed_dim": 16,
-            "text_hidden_dim": TEXT,
-            "num_text_layers": 1,
-            "text_num_attention_heads": 2,
-            "text_num_key_value_heads": 2,
-            "text_intermediate_size": 16,
-            "num_layerwise_text_blocks": 1,
-            "num_refiner_text_blocks": 1,
-            "axes_dims_rope": (8, 4, 4),
-        },
         call={
             **SMALL,
             "prompt_embeds": lambda: text()[:, :, None],
@@ -278,38 +199,14 @@ CASES: Mapping[str, Whole] = {
         pipeline="NucleusMoEImagePipeline",
         vae="nucleus-image",
         denoiser="NucleusMoEImageTransformer2DModel",
-        config={
-            **_QWEN,
-            "attention_head_dim": 32,
-            "axes_dims_rope": (16, 8, 8),
-            "out_channels": 16,
-            "num_experts": 2,
-            "moe_intermediate_dim": 16,
-            "capacity_factors": [1.0],
-        },
         parts={"processor": None},
         call={**SMALL, **_QWEN_PROMPT, **UNGUIDED},
         given=SMALL,
     ),
-    "bria-fibo": Whole(
-        pipeline="BriaFiboPipeline",
-        vae="bria-fibo",
-        denoiser="BriaFiboTransformer2DModel",
-        config={**_FLUX, "in_channels": 48, "text_encoder_dim": TEXT},
-        answers={
-            "encode_prompt": lambda: (text(), None, torch.zeros(3, 3), mask(), None, [text(), text()], None),
-        },
-        call={**LARGE, **UNGUIDED, "prompt": ["a fox", "a hen"]},
-        given=LARGE,
-    ),
-    "bria-fibo, patches": Whole(
-        pipeline="BriaFiboPipeline",
-        vae="bria-fibo",
-        denoiser="BriaFiboTransformer2DModel",
-        config={**_FLUX, "in_channels": 4 * 48, "text_encoder_dim": TEXT},
-        answers={
-            "encode_prompt": lambda: (text(), None, torch.zeros(3, 3), mask(), None, [text(), text()], None),
-        },
+    "bria-fibo": _BRIA_FIBO,
+    "bria-fibo, patches": replace(
+        _BRIA_FIBO,
+        config={"in_channels": 192},
         call={**LARGE, **UNGUIDED, "prompt": ["a fox", "a hen"], "do_patching": True},
         given={**LARGE, "patch_size": 2},
     ),
@@ -317,12 +214,11 @@ CASES: Mapping[str, Whole] = {
         pipeline="JoyImageEditPipeline",
         vae="joyimage",
         denoiser="JoyImageEditTransformer3DModel",
-        config=_JOY,
         answers={
             "encode_prompt_multiple_images": lambda: (text(1), mask(1)),
             "vae_image_processor.get_default_height_width": lambda: tuple(SMALL.values()),
         },
-        call={"image": lambda: picture(**SMALL), "prompt": "a fox", **UNGUIDED},
+        call={"image": small_picture, "prompt": "a fox", **UNGUIDED},
         rounds=True,  # decoded beside the picture it was made from, which is not handed out
         batch=1,
     ),
@@ -330,7 +226,6 @@ CASES: Mapping[str, Whole] = {
         pipeline="JoyImageEditPlusPipeline",
         vae="joyimage-plus",
         denoiser="JoyImageEditPlusTransformer3DModel",
-        config=_JOY,
         answers={
             "encode_prompt_multiple_images": lambda: (text(), mask()),
             "image_processor.get_default_height_width": lambda: (32, 48),
@@ -347,9 +242,8 @@ CASES: Mapping[str, Whole] = {
         pipeline="Cosmos2TextToImagePipeline",
         vae="cosmos2-image",
         denoiser="CosmosTransformer3DModel",
-        config=COSMOS,
         scheduler=euler(use_karras_sigmas=True),
         names=GUARDED,
-        call={**SMALL, **PROMPT, **UNGUIDED},
+        call=FROM_WORDS,
     ),
 }

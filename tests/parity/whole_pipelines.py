@@ -15,15 +15,27 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+import yaml
 from diffusers import configuration_utils
 from PIL import Image
 
-#: Width of prompt embeddings.
+#: Class of a denoiser in diffusers → a config of few and narrow layers.
+TINY: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("tiny_denoisers.yaml").read_text(encoding="utf-8")
+)
+#: What the UNet of SDXL has besides: sizes and pooled embeddings.
+CONDITIONED_BY_SIZE: Mapping[str, Any] = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 8,
+}
+#: Width of prompt embeddings, as these configs have it.
 TEXT = 8
 #: Latent size: not square.
 ROWS, COLUMNS = 6, 8
@@ -57,7 +69,7 @@ class Whole:
     vae: str
     #: The denoiser's class in diffusers.
     denoiser: str
-    #: Its config.
+    #: What its config has beside or instead of what `TINY` says.
     config: Mapping[str, Any] = field(default_factory=dict)
     #: What the pipeline calls it.
     part: str = "transformer"
@@ -103,6 +115,11 @@ def diffusers_class(name: str) -> Any:
         return getattr(importlib.import_module(f"diffusers.{module}" if module else "diffusers"), own)
 
 
+def tiny(denoiser: str, **config: Any) -> Any:
+    """A denoiser of random weights, as `TINY` and `config` have it."""
+    return diffusers_class(denoiser)(**{**TINY[denoiser], **config}).eval()
+
+
 def build(case: Whole, vae: Any) -> Any:
     """The pipeline of a case."""
     kind = diffusers_class(case.pipeline)
@@ -114,7 +131,7 @@ def build(case: Whole, vae: Any) -> Any:
     parts |= {
         "vae": vae,
         "scheduler": case.scheduler(),
-        case.part: diffusers_class(case.denoiser)(**case.config).eval(),
+        case.part: tiny(case.denoiser, **case.config),
     }
     parts |= {name: part() if callable(part) else part for name, part in case.parts.items()}
     with _own_names(kind, case):
@@ -219,9 +236,28 @@ def ends() -> torch.Tensor:
     return torch.tensor([0, 3, 6], dtype=torch.int32)
 
 
+def one_text() -> torch.Tensor:
+    """Embeddings of one prompt."""
+    return text(1)
+
+
+def small_picture() -> Image.Image:
+    """A picture of `SMALL` size."""
+    return picture(**SMALL)
+
+
+def no_guidance() -> Any:
+    """A guider that leaves the prompt alone."""
+    return diffusers_class("guiders.ClassifierFreeGuidance")(guidance_scale=1.0)
+
+
 #: Prompt embeddings as most pipelines take them.
 PROMPT: Mapping[str, Any] = {"prompt_embeds": text}
 MASKED: Mapping[str, Any] = {"prompt_embeds": text, "prompt_attention_mask": mask}
+#: Two prompts without guidance, and one with a picture.
+FROM_WORDS: Mapping[str, Any] = {**SMALL, **PROMPT, **UNGUIDED}
+FROM_MASKED_WORDS: Mapping[str, Any] = {**SMALL, **MASKED, **UNGUIDED}
+FROM_PICTURE: Mapping[str, Any] = {**SMALL, **UNGUIDED, "prompt_embeds": one_text, "image": small_picture}
 
 
 def euler(**config: Any) -> Callable[[], Any]:
