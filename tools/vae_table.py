@@ -14,6 +14,8 @@ from typing import Final
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
 from producer.pipeline_table import EXCEPTED
 from producer.pipelines import served_by
+from tests.parity.families import CASES
+from tests.parity.whole_pipelines import REMOTE_VAE_PIPELINES
 
 ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = ROOT / "docs" / "vaes.md"
@@ -52,17 +54,12 @@ def families() -> str:
 
 
 def whole_pipelines() -> dict[str, list[str]]:
-    """Catalogue entry → pipelines that the parity suite builds and calls whole, read from its source."""
+    """Catalogue entry → pipelines that the parity suite builds and calls whole."""
     found: dict[str, list[str]] = {}
-    for path in sorted(PARITY.glob("families_of_*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Whole":
-                said = {item.arg: item.value.value for item in node.keywords if isinstance(item.value, ast.Constant)}
-                _add(found, str(said["vae"]), str(said["pipeline"]).rpartition(".")[2])
-    for node in ast.parse((PARITY / "whole_pipelines.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "REMOTE_VAE_PIPELINES":
-            for pipeline, name in ast.literal_eval(node.value).items():
-                _add(found, name, pipeline)
+    for case in CASES.values():
+        _add(found, case.vae, case.pipeline.rpartition(".")[2])
+    for pipeline, name in REMOTE_VAE_PIPELINES.items():
+        _add(found, name, pipeline)
     return found
 
 
@@ -110,7 +107,7 @@ def _tests(name: str, *, others: set[str]) -> str:
         name: the entry.
         others: its pipelines that are not called whole, which are in the test of every class.
     """
-    whole = any(name in _strings(path) for path in PARITY.glob("families_of_*.py"))
+    whole = any(name == case.vae for case in CASES.values())
     remote = name in whole_pipelines() and not whole
     found = ["test_families"] * whole + ["test_remote_vae_families"] * remote + ["test_every_pipeline"] * bool(others)
     found += [path.stem for path in sorted(PARITY.glob("test_*.py")) if name in _strings(path)]

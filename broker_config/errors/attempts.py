@@ -5,74 +5,45 @@ from __future__ import annotations
 from broker_config.errors.base import LatentqError
 
 
-class WorkerError(LatentqError):
+class WorkerError(LatentqError, code="worker_error", retryable=True):
     """The attempt failed in the worker."""
 
-    code = "worker_error"
-    retryable = True
 
-
-class WeightsMissing(WorkerError):
+class WeightsMissing(WorkerError, code="weights_missing", retryable=False):
     """The worker has no weights for this VAE; check `weights` and `subfolder` in the catalogue."""
 
-    code = "weights_missing"
-    retryable = False
 
-
-class WeightsMismatch(WorkerError):
+class WeightsMismatch(WorkerError, code="weights_mismatch", retryable=False):
     """The weights are not of the class or shape the catalogue names."""
 
-    code = "weights_mismatch"
-    retryable = False
 
-
-class DecodeFailed(WorkerError):
+class DecodeFailed(WorkerError, code="decode_failed"):
     """The VAE raised while decoding."""
 
-    code = "decode_failed"
 
-
-class NonFiniteOutput(WorkerError):
+class NonFiniteOutput(WorkerError, code="output_not_finite", retryable=False):
     """The decoded tensor contains NaN or Inf in every dtype that was tried."""
 
-    code = "output_not_finite"
-    retryable = False
 
-
-class OutOfMemory(WorkerError):
+class OutOfMemory(WorkerError, code="out_of_memory"):
     """The device has too little memory for this decode."""
 
-    code = "out_of_memory"
 
-
-class EncodeFailed(WorkerError):
+class EncodeFailed(WorkerError, code="encode_failed"):
     """The decoded pictures could not be encoded."""
 
-    code = "encode_failed"
 
-
-class UnsupportedMessage(WorkerError):
+class UnsupportedMessage(WorkerError, code="unsupported_message", retryable=False):
     """The worker does not know this kind of job."""
 
-    code = "unsupported_message"
-    retryable = False
 
-
-class StartDeadlinePassed(WorkerError):
+class StartDeadlinePassed(WorkerError, code="start_deadline_passed", retryable=False):
     """No worker started the job within start_within_s."""
 
-    code = "start_deadline_passed"
-    retryable = False
 
-
-class JobTimedOut(WorkerError):
+class JobTimedOut(WorkerError, code="job_timed_out"):
     """An attempt exceeded timeout_s."""
 
-    code = "job_timed_out"
 
-
-class WorkerCrashed(WorkerError):
+class WorkerCrashed(WorkerError, code="worker_crashed", retryable=False):
     """The worker process died while this job was on the device, as often as crashes are allowed."""
-
-    code = "worker_crashed"
-    retryable = False

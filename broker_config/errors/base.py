@@ -13,6 +13,13 @@ class LatentqError(Exception):
     #: Whether the same call can succeed later without being changed.
     retryable: ClassVar[bool] = False
 
+    def __init_subclass__(cls, *, code: str, retryable: bool | None = None) -> None:
+        """`class NewError(ParentError, code="new_error", retryable=True)`; retryable as its parent unless said."""
+        super().__init_subclass__()
+        cls.code = code
+        if retryable is not None:
+            cls.retryable = retryable
+
     def __init__(self, message: str | None = None, /, *, field: str | None = None, job_id: str | None = None):
         super().__init__(message or (type(self).__doc__ or "").strip().splitlines()[0])
         #: The option or argument at fault, where there is one.

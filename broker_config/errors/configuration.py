@@ -5,32 +5,21 @@ from __future__ import annotations
 from broker_config.errors.base import LatentqError
 
 
-class ConfigurationError(LatentqError):
+class ConfigurationError(LatentqError, code="configuration_invalid"):
     """The configuration is not usable."""
 
-    code = "configuration_invalid"
 
-
-class CatalogInvalid(ConfigurationError):
+class CatalogInvalid(ConfigurationError, code="catalog_invalid"):
     """The VAE catalogue has an entry that cannot be used."""
 
-    code = "catalog_invalid"
 
-
-class BrokerBinaryMissing(ConfigurationError):
+class BrokerBinaryMissing(ConfigurationError, code="broker_binary_missing"):
     """No broker binary: install `latentq[local]`, put `redis-server` on PATH, or set LATENTQ_REDIS_URL."""
 
-    code = "broker_binary_missing"
 
-
-class BrokerNotRunning(ConfigurationError):
+class BrokerNotRunning(ConfigurationError, code="broker_not_running", retryable=True):
     """No broker is running: start one with `latentq up`, or set LATENTQ_REDIS_URL."""
 
-    code = "broker_not_running"
-    retryable = True
 
-
-class BrokerUnsupported(ConfigurationError):
+class BrokerUnsupported(ConfigurationError, code="broker_unsupported"):
     """The broker is too old or is configured to evict keys."""
-
-    code = "broker_unsupported"

@@ -5,102 +5,68 @@ from __future__ import annotations
 from broker_config.errors.base import LatentqError
 
 
-class RequestError(LatentqError):
+class RequestError(LatentqError, code="request_error"):
     """The gateway refused the request."""
 
-    code = "request_error"
 
-
-class BadRequest(RequestError):
+class BadRequest(RequestError, code="bad_request"):
     """The request cannot be read."""
 
-    code = "bad_request"
 
-
-class RouteNotFound(RequestError):
+class RouteNotFound(RequestError, code="route_not_found"):
     """The gateway has nothing at this path; /docs lists what there is."""
 
-    code = "route_not_found"
 
-
-class MethodNotAllowed(RequestError):
+class MethodNotAllowed(RequestError, code="method_not_allowed"):
     """This path does not take this method; /docs lists what there is."""
 
-    code = "method_not_allowed"
 
-
-class MediaTypeUnsupported(RequestError):
+class MediaTypeUnsupported(RequestError, code="media_type_unsupported"):
     """The body is of a kind that is not taken here."""
 
-    code = "media_type_unsupported"
 
-
-class RangeNotSatisfiable(RequestError):
+class RangeNotSatisfiable(RequestError, code="range_not_satisfiable"):
     """The range lies outside of the output."""
 
-    code = "range_not_satisfiable"
 
-
-class NotAuthenticated(RequestError):
+class NotAuthenticated(RequestError, code="not_authenticated"):
     """No key was given, or it is unknown or revoked: send `Authorization: Bearer KEY`."""
 
-    code = "not_authenticated"
 
-
-class NotAllowed(RequestError):
+class NotAllowed(RequestError, code="not_allowed"):
     """The key may not do this, or the request comes from another site's page."""
 
-    code = "not_allowed"
 
-
-class WrongHost(RequestError):
+class WrongHost(RequestError, code="wrong_host"):
     """The Host header is not one of this gateway's names: add it to LATENTQ_GATEWAY_ALLOWED_HOSTS."""
 
-    code = "wrong_host"
 
-
-class LinkInvalid(RequestError):
+class LinkInvalid(RequestError, code="link_invalid"):
     """The link's signature is not valid for this; ask whoever gave it to you for a new one."""
 
-    code = "link_invalid"
 
-
-class LinkExpired(RequestError):
+class LinkExpired(RequestError, code="link_expired"):
     """The link has expired; ask whoever gave it to you for a new one."""
 
-    code = "link_expired"
 
-
-class LengthRequired(RequestError):
+class LengthRequired(RequestError, code="length_required"):
     """The request does not say how long its body is: send Content-Length."""
 
-    code = "length_required"
 
-
-class BodyTooLarge(RequestError):
+class BodyTooLarge(RequestError, code="body_too_large"):
     """The body is larger than what is taken here."""
 
-    code = "body_too_large"
 
-
-class QueryTooLong(RequestError):
+class QueryTooLong(RequestError, code="query_too_long"):
     """The query string is longer than what is taken here."""
 
-    code = "query_too_long"
 
-
-class UploadTooSlow(RequestError):
+class UploadTooSlow(RequestError, code="upload_too_slow", retryable=True):
     """The body came too slowly."""
 
-    code = "upload_too_slow"
-    retryable = True
 
-
-class TryLater(RequestError):
+class TryLater(RequestError, code="try_later", retryable=True):
     """The same request may be taken later."""
-
-    code = "try_later"
-    retryable = True
 
     def __init__(self, message: str | None = None, /, *, retry_after_s: float) -> None:
         super().__init__(message)
@@ -108,26 +74,17 @@ class TryLater(RequestError):
         self.retry_after_s = retry_after_s
 
 
-class RateLimited(TryLater):
+class RateLimited(TryLater, code="rate_limited"):
     """The key asks more often than its rate allows."""
 
-    code = "rate_limited"
 
-
-class QuotaExceeded(TryLater):
+class QuotaExceeded(TryLater, code="quota_exceeded"):
     """The key has used up its jobs of the day."""
 
-    code = "quota_exceeded"
 
-
-class GatewayBusy(TryLater):
+class GatewayBusy(TryLater, code="gateway_busy"):
     """The gateway does as much as it may at a time; try again."""
 
-    code = "gateway_busy"
 
-
-class InternalError(RequestError):
+class InternalError(RequestError, code="internal_error", retryable=True):
     """The gateway met an error it does not know; its log has more."""
-
-    code = "internal_error"
-    retryable = True

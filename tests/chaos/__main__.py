@@ -6,7 +6,8 @@ import argparse
 import subprocess
 import sys
 
-from tests.chaos.storm import PICKUP_BAR_S, REQUEUE_SLACK_S, Plan, Report, Storm
+from tests.chaos.storm import Storm
+from tests.chaos.storm_plan import PICKUP_BAR_S, REQUEUE_SLACK_S, Plan, Report
 from tests.support.processes import ROOT
 
 

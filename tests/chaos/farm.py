@@ -33,6 +33,7 @@ from tests.chaos.crew import VAE, Member
 from tests.support.generate_command import children_of, generate_command, start_generate
 from tests.support.processes import environment_of
 from tests.support.tiny_pipelines import save_tiny_pipeline
+from tests.support.wait import wait_until
 
 #: Generators stay this close to the worker, so that each kill finds one at work.
 _AHEAD: Final = 6
@@ -106,27 +107,36 @@ class FarmStorm:
         command += ["--max-ahead", str(_AHEAD)]
         log = folder / "generate.log"
         todo = self._moments()
-        process = start_generate(command, environment=environment, log=log)
-        self._report.runs = 1
-        deadline = time.monotonic() + plan.bound_s
-        while todo or process.poll() != 0:
-            if time.monotonic() > deadline:
-                self._report.problems.append(f"not done within {plan.bound_s:.0f} s")
-                break
-            if process.poll() is not None:
-                if process.returncode not in (0, -signal.SIGKILL):
-                    self._report.problems.append(f"generate ended with status {process.returncode}")
-                    break
-                if process.returncode == 0:  # faster than the kills; they no longer have anything to hit
+
+        def start() -> subprocess.Popen[bytes]:
+            self._report.runs += 1
+            return start_generate(command, environment=environment, log=log)
+
+        process = start()
+
+        def is_over() -> bool:
+            nonlocal process
+            ended = process.poll()
+            if ended == 0:
+                if todo:  # faster than the kills
                     self._report.problems.append(f"{len(todo)} kills came too late")
-                    break
-                process = start_generate(command, environment=environment, log=log)
-                self._report.runs += 1
+                return True
+            if ended not in (None, -signal.SIGKILL):
+                self._report.problems.append(f"generate ended with status {ended}")
+                return True
+            if ended is not None:
+                process = start()
             if todo and self._rows(folder) >= todo[0][0]:
                 self._strike(todo.pop(0)[1], process, worker)
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
+            return False
+
+        try:
+            wait_until(is_over, timeout_s=plan.bound_s, what="the last picture")
+        except AssertionError as error:
+            self._report.problems.append(str(error))
+        finally:
+            process.kill()
+            process.wait()
         self._report.log = log.read_text()
 
     def _moments(self) -> list[tuple[int, str]]:

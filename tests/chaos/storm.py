@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,65 +18,22 @@ from broker_config import keys
 from broker_config.connection import connect_url
 from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import BrokerError, LatentqError
-from broker_config.messages import JobStatus
+from broker_config.messages import JobSnapshot
 from broker_config.settings import Settings, load_settings
 from broker_config.vae_catalog import VaeCatalog
 from producer import DecodeClient
 from producer.submission import DecodeOptions, build_request, new_job_id
 from producer.tensor_input import to_tensor_file
+from tests.chaos.books import VARIANTS, Books, digest, suspicious_lines
 from tests.chaos.crew import POISON, Member
+from tests.chaos.storm_plan import Plan, Report
 from tests.support.faulty_proxy import FaultyProxy
-from tests.support.keys_left import stray_keys
 from tests.support.processes import ROOT, environment_of
 from tests.support.tiny_vaes import write_tiny_catalog
+from tests.support.wait import wait_until
 
-#: Distinct latents; what each decodes to is known before the storm.
-VARIANTS = 12
 #: Fresh jobs that idle workers are timed with.
 _PICKUPS = 20
-#: Queued → running, while a worker is idle.
-PICKUP_BAR_S = 1.0
-#: kill → queued again may take this much longer than the lease (docs/states.md).
-REQUEUE_SLACK_S = 3.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """How hard it blows."""
-
-    seed: int
-    jobs: int
-    #: SIGKILLs of workers, janitors and broker, at least.
-    kills: int
-    #: Jobs whose latents are damaged in the store.
-    damaged: int
-    #: Jobs whose decode kills the worker.
-    deadly: int
-    #: Jobs that each kill their worker while another is idle, after the storm: how fast does it take over?
-    takeovers: int = 1
-    lease_s: float = 3.0
-    #: Longest time the whole may take.
-    bound_s: float = 900.0
-
-
-@dataclass
-class Report:
-    """What happened."""
-
-    kills: Counter[str] = field(default_factory=Counter)
-    faults: Counter[str] = field(default_factory=Counter)
-    outcomes: Counter[str] = field(default_factory=Counter)
-    rq_info_runs: int = 0
-    submit_retries: int = 0
-    seconds: float = 0.0
-    #: Seconds from a worker's SIGKILL to its jobs being queued again, while broker and janitors were left alone.
-    requeue_s: list[float] = field(default_factory=list)
-    #: The same where broker or janitor died within that time.
-    requeue_disturbed_s: list[float] = field(default_factory=list)
-    #: Seconds from queued to running while a worker was idle: fresh jobs, and jobs whose worker had died.
-    pickup_s: list[float] = field(default_factory=list)
-    takeover_s: list[float] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
 
 
 class Storm:
@@ -126,10 +80,16 @@ class Storm:
                         member.end()
                     for thread in self._watchers:
                         thread.join()
-                self._check_books()
-                self._report.problems += self._suspicious(folder)
+                books = Books(
+                    accepted=self._accepted, damaged=self._damaged, deadly=self._deadly, expected=self._expected
+                )
+                books.check(self._client(self._direct), self._report)
+                self._report.problems += suspicious_lines(folder)
         self._report.seconds = time.monotonic() - started
         return self._report
+
+    def _books(self) -> Books:
+        return Books(accepted=self._accepted, damaged=self._damaged, deadly=self._deadly, expected=self._expected)
 
     # Before ---------------------------------------------------------------------------------------------
 
@@ -159,11 +119,7 @@ class Storm:
 
     def _wait_for_worker(self) -> None:
         client = self._client(self._direct)
-        deadline = time.monotonic() + 120
-        while not client.store.served({"sd"}):
-            if time.monotonic() > deadline:
-                raise AssertionError("no worker came up")
-            time.sleep(0.05)
+        wait_until(lambda: client.store.served({"sd"}), timeout_s=120, what="a worker")
 
     @staticmethod
     def _latents(variant: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
@@ -176,7 +132,7 @@ class Storm:
         jobs = [client.submit(self._latents(v), vae="sd", provenance=False) for v in range(VARIANTS)]
         for job in jobs:
             job.wait(120)
-        return {number: _digest(job.artifacts()[0][1]) for number, job in enumerate(jobs)}
+        return {number: digest(job.artifacts()[0][1]) for number, job in enumerate(jobs)}
 
     # The storm ------------------------------------------------------------------------------------------
 
@@ -267,7 +223,8 @@ class Storm:
         """Notes how long the dead worker's jobs took to be queued again (or taken by another)."""
         waiting = dict(held)
         with redis.Redis.from_url(self._broker.url) as admin:
-            while waiting and time.monotonic() - killed_at < 60 and not self._stop.is_set():
+
+            def all_are_back() -> bool:
                 for job_id, execution in list(waiting.items()):
                     try:
                         state, now = admin.hmget(keys.job(job_id), "state", "execution")
@@ -278,7 +235,12 @@ class Storm:
                         took = time.monotonic() - killed_at
                         clean = self._disturbed_at < killed_at - 10
                         (self._report.requeue_s if clean else self._report.requeue_disturbed_s).append(took)
-                time.sleep(0.05)
+                return not waiting
+
+            try:
+                wait_until(lambda: all_are_back() or self._stop.is_set(), timeout_s=60, what="a dead worker's jobs")
+            except AssertionError as error:
+                self._report.problems.append(f"{error}: {sorted(waiting)}")
 
     def _produce(self) -> None:
         """Submits through the proxy; a submit that is not known to have worked is repeated under its id."""
@@ -299,7 +261,6 @@ class Storm:
                     break
                 except BrokerError:
                     self._report.submit_retries += 1
-                    time.sleep(0.1)
             self._accepted[job_id] = variant
             if number in damaged:
                 self._damaged.add(job_id)
@@ -328,19 +289,24 @@ class Storm:
         self._say(f"settling: {len(self._accepted)} jobs, {dict(self._report.kills)}")
         self._proxy.reset()
         client = self._client(self._direct)
-        deadline = time.monotonic() + self._plan.bound_s
         waiting = set(self._accepted)
-        while waiting:
+        running: list[JobSnapshot] = []
+
+        def all_have_ended() -> bool:
             self._revive()
             try:
                 snapshots = client.store.snapshots(sorted(waiting)[:500])
             except LatentqError as error:
                 raise AssertionError(f"an accepted job is gone: {error}") from error
-            waiting -= {item.job_id for item in snapshots if item.status.is_terminal}
-            if time.monotonic() > deadline:
-                stuck = [(i.job_id, i.status, i.worker, i.attempts, i.errors) for i in snapshots[:5]]
-                raise AssertionError(f"{len(waiting)} jobs do not end: {stuck}")
-            time.sleep(0.2)
+            waiting.difference_update(item.job_id for item in snapshots if item.status.is_terminal)
+            running[:] = [item for item in snapshots if not item.status.is_terminal]
+            return not waiting
+
+        try:
+            wait_until(all_have_ended, timeout_s=self._plan.bound_s, what="the end of every job")
+        except AssertionError as error:
+            stuck = [(i.job_id, i.status, i.worker, i.attempts, i.errors) for i in running[:5]]
+            raise AssertionError(f"{error}; {len(waiting)} do not end, {stuck}") from error
 
     def _calm(self) -> None:
         """How fast idle workers take jobs, by the broker's clock."""
@@ -353,33 +319,41 @@ class Storm:
             self._report.pickup_s.append(self._times_of(job.id)[1])
         for _ in range(self._plan.takeovers):
             self._wait_for_crew(client)
-            job = client.submit(self._latents(0), vae="sd", provenance=False, metadata=POISON)
-            self._accepted[job.id] = 0
-            self._deadly.add(job.id)
-            seen, back_s, ready = 1, 0.0, False
-            while not job.status().is_terminal:
-                self._revive()
-                attempts, took = self._times_of(job.id)
-                if attempts == seen and took < 0:  # queued again after its worker died, right after it had started it
-                    back_s = -took
-                elif attempts > seen and took >= 0:
-                    seen = attempts
-                    self._report.takeover_s += [took] if ready else []
-                    self._report.requeue_s += [back_s] if back_s else []
-                else:  # the lease of the dead worker runs out
-                    ready = self._ready(client) > 0
-                time.sleep(0.001)
+            self._take_over(client)
+
+    def _take_over(self, client: DecodeClient) -> None:
+        """A job that kills each worker that takes it: notes how soon the next one has it."""
+        job = client.submit(self._latents(0), vae="sd", provenance=False, metadata=POISON)
+        self._accepted[job.id] = 0
+        self._deadly.add(job.id)
+        seen, back_s, ready = 1, 0.0, False
+
+        def has_ended() -> bool:
+            nonlocal seen, back_s, ready
+            self._revive()
+            attempts, took = self._times_of(job.id)
+            if attempts == seen and took < 0:  # queued again after its worker died, right after it had started it
+                back_s = -took
+            elif attempts > seen and took >= 0:
+                seen = attempts
+                self._report.takeover_s += [took] if ready else []
+                self._report.requeue_s += [back_s] if back_s else []
+            else:  # the lease of the dead worker runs out
+                ready = self._ready(client) > 0
+            return job.status().is_terminal
+
+        # Looked at often: between two workers it is queued for two milliseconds.
+        wait_until(has_ended, timeout_s=120, every_s=0.001, what="the end of a job that kills its worker")
 
     def _wait_for_crew(self, client: DecodeClient) -> None:
         """Both workers are up and wait for work."""
-        deadline = time.monotonic() + 60
-        while True:
+        workers = sum(member.kind == "worker" for member in self._crew)
+
+        def all_wait() -> bool:
             self._revive()
-            if self._ready(client) == sum(member.kind == "worker" for member in self._crew):
-                return
-            if time.monotonic() > deadline:
-                raise AssertionError("the workers do not come up")
-            time.sleep(0.02)
+            return self._ready(client) == workers
+
+        wait_until(all_wait, timeout_s=60, what="both workers")
 
     @staticmethod
     def _ready(client: DecodeClient) -> int:
@@ -392,65 +366,3 @@ class Storm:
         with redis.Redis.from_url(self._broker.url) as admin:
             attempts, queued_ms, started_ms = admin.hmget(keys.job(job_id), "attempts", "queued_ms", "started_ms")
         return int(attempts or 0), (int(started_ms or 0) - int(queued_ms or 0)) / 1000
-
-    def _check_books(self) -> None:
-        client, report = self._client(self._direct), self._report
-        for job_id, variant in self._accepted.items():
-            snapshot = client.store.snapshot(job_id)
-            report.outcomes[str(snapshot.status)] += 1
-            if job_id in self._damaged:
-                self._expect_failed(
-                    job_id, snapshot.status, [str(e.get("code")) for e in snapshot.errors], "blob_corrupt"
-                )
-            elif job_id in self._deadly:
-                codes = [str(error.get("code")) for error in snapshot.errors]
-                self._expect_failed(job_id, snapshot.status, codes, "worker_crashed")
-            elif snapshot.status is not JobStatus.SUCCEEDED:
-                report.problems.append(f"{job_id} is {snapshot.status}: {snapshot.errors}")
-            else:
-                data = client.job(job_id).artifacts()[0][1]
-                if _digest(data) != self._expected[variant]:
-                    report.problems.append(f"{job_id}: the artifact differs from the undisturbed one")
-        self._check_keys()
-
-    def _expect_failed(self, job_id: str, status: JobStatus, codes: list[str], code: str) -> None:
-        if status is not JobStatus.FAILED or code not in codes:
-            self._report.problems.append(f"poison job {job_id} is {status} with {codes}, expected failed, {code}")
-
-    def _check_keys(self) -> None:
-        report = self._report
-        with redis.Redis.from_url(self._broker.url) as admin:
-            report.problems += [f"stray key {key}" for key in stray_keys(admin)]
-            totals = {name: int(value) for name, value in admin.hgetall(keys.TOTALS).items()}
-            if any(totals.values()):
-                report.problems.append(f"totals are not zero: {totals}")
-            if admin.zcard(keys.LEASES):
-                report.problems.append(f"leases left: {admin.zrange(keys.LEASES, 0, -1)}")
-            queue = keys.queue_name("sd", "normal")
-            if admin.llen(keys.rq_queue(queue)):
-                report.problems.append("ids left in the queue")
-            for registry, state in (("finished", "succeeded"), ("failed", "failed")):
-                count = admin.zcard(f"{keys.RQ_PREFIX}{registry}:{queue}")
-                extra = VARIANTS if state == "succeeded" else 0
-                if count != report.outcomes[state] + extra:
-                    report.problems.append(
-                        f"RQ's {registry} registry has {count}, not {report.outcomes[state] + extra}"
-                    )
-            if admin.zcard(f"{keys.RQ_PREFIX}wip:{queue}"):
-                report.problems.append("RQ's started registry is not empty")
-
-    def _suspicious(self, folder: Path) -> list[str]:
-        """Log lines that should not be there, whatever was killed."""
-        found = []
-        for path in folder.glob("*.log"):
-            lines = path.read_text(errors="replace").splitlines()
-            for number, line in enumerate(lines):
-                if '"stage_broke"' in line:
-                    found.append(f"{path.name}: {line[:2000]}")
-                elif line.startswith("Traceback"):
-                    found.append(f"{path.name}: " + "\n".join(lines[number : number + 40]))
-        return found[:10]
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.chaos.__main__ import show
-from tests.chaos.storm import REQUEUE_SLACK_S, Plan, Storm
+from tests.chaos.storm import Storm
+from tests.chaos.storm_plan import REQUEUE_SLACK_S, Plan
 
 
 @pytest.mark.timeout(600)

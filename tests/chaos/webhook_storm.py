@@ -33,6 +33,7 @@ from tests.support.keys_left import stray_keys
 from tests.support.processes import environment_of
 from tests.support.receivers import OTHER_SECRET, SECRET, Receiver, with_webhooks
 from tests.support.tiny_vaes import write_tiny_catalog
+from tests.support.wait import wait_until
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +94,7 @@ class WebhookStorm:
             for member in crew:
                 member.start()
             try:
-                self._wait(lambda: bool(self._client.store.served({"sd"})), what="a worker")
+                wait_until(lambda: self._client.store.served({"sd"}), timeout_s=self._plan.bound_s, what="a worker")
                 self._blow(crew)
                 self._settle(crew)
             finally:
@@ -142,17 +143,17 @@ class WebhookStorm:
         for number in range(plan.jobs):
             self._submit()
             if number % every == every - 1:
-                member = self._random.choice(dying)
-                member.kill()
-                self._report.kills[member.kind] += 1
-                member.start()
+                self._kill_one_of(dying)
             time.sleep(self._random.uniform(0, 0.02))
         while self._report.kills.total() < plan.kills:
-            member = self._random.choice(dying)
-            member.kill()
-            self._report.kills[member.kind] += 1
-            member.start()
+            self._kill_one_of(dying)
             time.sleep(self._random.uniform(0.1, 0.5))
+
+    def _kill_one_of(self, crew: list[Member]) -> None:
+        member = self._random.choice(crew)
+        member.kill()
+        self._report.kills[member.kind] += 1
+        member.start()
 
     def _submit(self) -> None:
         """A job that will succeed, one that will be canceled, or one that nobody starts in time."""
@@ -186,14 +187,7 @@ class WebhookStorm:
                 return False
             return counts.pending == 0 and counts.reserved == 0
 
-        self._wait(settled, what="the outbox to be empty")
-
-    def _wait(self, condition: Callable[[], bool], *, what: str) -> None:
-        deadline = time.monotonic() + self._plan.bound_s
-        while not condition():
-            if time.monotonic() > deadline:
-                raise AssertionError(f"waited {self._plan.bound_s} s for {what}: {self._deliveries.counts()}")
-            time.sleep(0.1)
+        wait_until(settled, timeout_s=self._plan.bound_s, what="the outbox to be empty")
 
     # After ----------------------------------------------------------------------------------------------
 

@@ -23,28 +23,13 @@ SIDE_PX = 64
 
 def tiny_pipeline(*, channels: int = 16, width: int = 8, seed: int = 0) -> Any:
     """A StableDiffusionPipeline without VAE that takes milliseconds for a step."""
-    torch.manual_seed(seed)
-    unet_class: Any = UNet2DConditionModel
-    unet = unet_class(
-        sample_size=SIDE_PX // 8,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(width, 2 * width),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-    pipeline_class: Any = StableDiffusionPipeline
-    scheduler_class: Any = DDIMScheduler
-    return pipeline_class(
-        vae=None,
-        text_encoder=_text_encoder(),
-        tokenizer=_tokenizer(),
-        unet=unet,
-        scheduler=scheduler_class(clip_sample=False, steps_offset=1),
+    return _pipeline(
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+        levels="2D",
+        channels=channels,
+        width=width,
+        seed=seed,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -53,28 +38,31 @@ def tiny_pipeline(*, channels: int = 16, width: int = 8, seed: int = 0) -> Any:
 
 def text_to_video() -> Any:
     """A TextToVideoSDPipeline without VAE, of SD's four channels."""
-    torch.manual_seed(0)
-    unet_class: Any = UNet3DConditionModel
+    return _pipeline(TextToVideoSDPipeline, UNet3DConditionModel, levels="3D", channels=4, width=8, seed=0)
+
+
+def _pipeline(kind: Any, unet_class: Any, *, levels: str, channels: int, width: int, seed: int, **parts: object) -> Any:
+    torch.manual_seed(seed)
     unet = unet_class(
         sample_size=SIDE_PX // 8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(width, 2 * width),
         layers_per_block=1,
-        down_block_types=("DownBlock3D", "CrossAttnDownBlock3D"),
-        up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
+        down_block_types=(f"DownBlock{levels}", f"CrossAttnDownBlock{levels}"),
+        up_block_types=(f"CrossAttnUpBlock{levels}", f"UpBlock{levels}"),
         cross_attention_dim=16,
         attention_head_dim=4,
         norm_num_groups=4,
     )
-    pipeline_class: Any = TextToVideoSDPipeline
     scheduler_class: Any = DDIMScheduler
-    return pipeline_class(
+    return kind(
         vae=None,
         text_encoder=_text_encoder(),
         tokenizer=_tokenizer(),
         unet=unet,
         scheduler=scheduler_class(clip_sample=False, steps_offset=1),
+        **parts,
     )
 
 

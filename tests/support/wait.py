@@ -10,8 +10,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], *, timeout_s: float = 30.0, what: str = "") -> T:
-    """The first true value of `condition()`; fails after `timeout_s`."""
+def wait_until(condition: Callable[[], T], *, timeout_s: float = 30.0, every_s: float = 0.01, what: str = "") -> T:
+    """The first true value of `condition()`, asked `every_s`; fails after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while True:
         value = condition()
@@ -19,7 +19,7 @@ def wait_until(condition: Callable[[], T], *, timeout_s: float = 30.0, what: str
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout_s} s for {what or condition}")
-        time.sleep(0.01)
+        time.sleep(every_s)
 
 
 async def wait_until_async(condition: Callable[[], T], *, timeout_s: float = 30.0, what: str = "") -> T:
