@@ -10,9 +10,7 @@ from typing import Any, Final
 from redis.exceptions import ResponseError
 
 from broker_config.connection import Connections, broker_errors
-
-# Which servers are new enough is known there alone.
-from broker_config.embedded_broker import _fault_of_version, _server_version
+from broker_config.supported_servers import fault_of_version, server_version
 
 #: Round trips whose median is the latency.
 _PINGS: Final = 7
@@ -85,10 +83,10 @@ def read_broker_facts(connections: Connections) -> BrokerFacts:
         except ResponseError:  # managed brokers forbid CONFIG
             appendfsync = None
     refusal = write_refusal(connections)
-    server, version = _server_version(info)
+    server, version = server_version(info)
     return BrokerFacts(
         version=f"{server} {version}",
-        version_fault=_fault_of_version(server, version),
+        version_fault=fault_of_version(server, version),
         max_memory_bytes=int(info.get("maxmemory", 0)),
         used_memory_bytes=int(info.get("used_memory", 0)),
         eviction=str(info.get("maxmemory_policy", "noeviction")),

@@ -29,7 +29,7 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
-from broker_config.embedded_broker import find_running
+from broker_config.broker_folder import find_running
 from broker_config.errors import (
     BrokerError,
     BrokerNotRunning,

@@ -13,9 +13,10 @@ from typing import Final
 import redis
 
 from broker_config.connection import Connections, broker_errors, connect_url, redact
-from broker_config.embedded_broker import EmbeddedBroker, verify_server
+from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import ConfigurationError
 from broker_config.settings import Settings
+from broker_config.supported_servers import verify_server
 from producer.supervisor import EXIT_UNUSABLE, Supervisor
 
 _WATCH_S = 0.3

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from broker_config.connection import connect_url
-from broker_config.embedded_broker import EmbeddedBroker, verify_server
+from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.settings import load_settings
+from broker_config.supported_servers import verify_server
 from broker_config.vae_catalog import VaeCatalog
 from producer import DecodeClient, JobStatus
 from tests.conftest import need_tool

@@ -11,18 +11,13 @@ from typing import cast
 import pytest
 import redis
 
-from broker_config import embedded_broker as module
-from broker_config.embedded_broker import (
-    BrokerState,
-    EmbeddedBroker,
-    default_data_dir,
-    default_max_memory_bytes,
-    verify_server,
-)
+from broker_config.broker_folder import BrokerState, default_data_dir
+from broker_config.embedded_broker import EmbeddedBroker, default_max_memory_bytes
 from broker_config.errors import (
     BrokerUnreachable,
     BrokerUnsupported,
 )
+from broker_config.supported_servers import verify_server
 from tests.support.embedded_brokers import (
     client_of,
 )
@@ -100,8 +95,3 @@ def test_the_default_memory_leaves_half_of_the_machine() -> None:
 def test_the_default_folder_is_the_user_s() -> None:
     assert default_data_dir().name == "broker"
     assert "latentq" in default_data_dir().parts
-
-
-def test_the_exported_names() -> None:
-    assert sorted(module.__all__) == module.__all__
-    assert all(hasattr(module, name) for name in module.__all__)

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from broker_config.embedded_broker import (
-    EmbeddedBroker,
-    find_running,
-    verify_server,
-)
+from broker_config.broker_folder import find_running
+from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import (
     BrokerNotRunning,
     ConfigurationError,
 )
+from broker_config.supported_servers import verify_server
 from tests.support.embedded_brokers import (
     MIB,
     Owner,

@@ -11,12 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from broker_config import embedded_broker as module
-from broker_config.embedded_broker import (
-    BrokerState,
-    EmbeddedBroker,
-    find_running,
-)
+from broker_config import broker_folder
+from broker_config.broker_folder import BrokerState, find_running
+from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import (
     BrokerUnreachable,
     ConfigurationError,
@@ -60,7 +57,7 @@ def test_two_starts_at_once_give_one_broker(data_dir: Path, binary: Path) -> Non
 
 def test_other_processes_find_it(data_dir: Path, binary: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from broker_config.embedded_broker import find_running\n"
+        "import sys; from pathlib import Path; from broker_config.broker_folder import find_running\n"
         "print(find_running(Path(sys.argv[1])).to_json())"
     )
     with EmbeddedBroker(data_dir, binary=binary) as broker:
@@ -95,7 +92,7 @@ def test_a_damaged_state_file_is_ignored(data_dir: Path, text: str) -> None:
 def test_a_broker_that_hangs_is_not_taken_for_none(
     data_dir: Path, binary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ANSWER_BOUND_S", 0.1)
+    monkeypatch.setattr(broker_folder, "_ANSWER_BOUND_S", 0.1)
     with EmbeddedBroker(data_dir, binary=binary) as broker:
         pid = broker.start().pid
         os.kill(pid, signal.SIGSTOP)

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from broker_config import broker_folder
 from broker_config import embedded_broker as module
-from broker_config.embedded_broker import (
-    EmbeddedBroker,
-    find_running,
-)
+from broker_config.broker_folder import find_running
+from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import (
     ConfigurationError,
 )
@@ -84,7 +83,7 @@ def test_a_new_owner_waits_until_the_old_server_has_ended(data_dir: Path, binary
 def test_a_server_that_nobody_told_to_stop_is_shut_down_by_the_next_owner(
     data_dir: Path, binary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ORPHAN_GRACE_S", 0.05)
+    monkeypatch.setattr(broker_folder, "_ORPHAN_GRACE_S", 0.05)
     with Owner(data_dir, binary, where="thread") as owner:
         old = owner.state()
         put(old.url, "a", "b")
@@ -101,8 +100,9 @@ def test_a_server_that_nobody_told_to_stop_is_shut_down_by_the_next_owner(
 def test_a_server_that_cannot_be_shut_down_is_never_joined_by_a_second(
     data_dir: Path, binary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for bound in ("_ORPHAN_GRACE_S", "_ANSWER_BOUND_S", "_STOP_BOUND_S"):
-        monkeypatch.setattr(module, bound, 0.05)
+    for bound in ("_ORPHAN_GRACE_S", "_ANSWER_BOUND_S"):
+        monkeypatch.setattr(broker_folder, bound, 0.05)
+    monkeypatch.setattr(module, "_STOP_BOUND_S", 0.05)
     with Owner(data_dir, binary) as owner:
         old = owner.state()
         os.kill(old.pid, signal.SIGSTOP)

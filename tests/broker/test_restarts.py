@@ -14,10 +14,8 @@ import pytest
 import redis
 
 from broker_config import embedded_broker as module
-from broker_config.embedded_broker import (
-    EmbeddedBroker,
-    find_running,
-)
+from broker_config.broker_folder import find_running
+from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import (
     BrokerUnreachable,
 )

@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 
 from broker_config import embedded_broker as module
-from broker_config.embedded_broker import (
-    EmbeddedBroker,
-    find_server_binary,
-)
+from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import (
     BrokerBinaryMissing,
     BrokerUnreachable,
     BrokerUnsupported,
     ConfigurationError,
 )
+from broker_config.supported_servers import find_server_binary
 from tests.support.embedded_brokers import (
     bundled_binary,
     is_locked,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from broker_config.embedded_broker import find_running
+from broker_config.broker_folder import find_running
 from broker_config.tensor_header import write_header
 from tests.support.processes import ROOT
 from tests.support.up import free_port

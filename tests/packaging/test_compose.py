@@ -23,8 +23,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from broker_config import keys
-from broker_config.embedded_broker import find_server_binary, verify_server
 from broker_config.settings import Settings
+from broker_config.supported_servers import find_server_binary, verify_server
 from producer import DecodeClient, JobStatus
 from producer.gateway.settings import GatewaySettings
 from tests.conftest import need_tool

@@ -20,9 +20,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from broker_config.embedded_broker import (
-    BrokerState,
-)
+from broker_config.broker_folder import BrokerState
 
 REPOSITORY = Path(__file__).parents[2]
 MIB = 1 << 20

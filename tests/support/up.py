@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 
-from broker_config.embedded_broker import find_running
+from broker_config.broker_folder import find_running
 from tests.support.processes import ROOT
 from tests.support.wait import wait_until
 
