@@ -14,11 +14,12 @@ from typer.testing import CliRunner, Result
 
 from broker_config.blob_store import RedisBlobStore
 from broker_config.embedded_broker import EmbeddedBroker
-from broker_config.job_store import Claim
+from broker_config.job_store import Claim, JobStore
 from broker_config.messages import Artifact, DecodeResult
 from broker_config.settings import Settings, load_settings
 from producer import DecodeClient
 from producer.cli import app
+from producer.doctor import Finding, Level, diagnose
 
 LATENTS = np.zeros((1, 4, 2, 2), dtype=np.float32)
 
@@ -133,3 +134,27 @@ def made(client: DecodeClient) -> Made:
 def parsed(result: Result) -> Any:
     """What a command printed as JSON."""
     return json.loads(result.stdout)
+
+
+#: What the doctor says in one check: `finding("aof")`.
+Of = Callable[..., Finding]
+
+
+@pytest.fixture
+def finding(settings: Settings) -> Callable[..., Finding]:
+    """What the doctor says in one check: `finding("aof")`."""
+
+    def one(check: str, **options: Any) -> Finding:
+        (found,) = [item for item in diagnose(settings, **options).findings if item.check == check]
+        assert (found.fix is None) == (found.level is Level.OK), "a finding that is not ok comes with a fix"
+        return found
+
+    return one
+
+
+@pytest.fixture
+def janitor(store: JobStore) -> str:
+    """A janitor that leads and has just looked at the leases."""
+    store.lead("janitor-1", ttl_s=60)
+    store.reap("janitor-1", quiet_s=10)
+    return "janitor-1"

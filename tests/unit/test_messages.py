@@ -27,33 +27,29 @@ from broker_config.messages import (
     check_job_id,
 )
 from broker_config.webhooks import JOB_EVENTS, Webhook, WebhookEvent
+from tests.support.example_messages import BLOB, REQUEST, wire_of
 
 #: A machine that does much else must not fail a test.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-BLOB = BlobRef(store="redis", name="j-1.in.0123", sha256="ab" * 32, size_bytes=1096)
-REQUEST = DecodeRequest(
-    job_id="j-1",
-    vae="sd",
-    layout="unpacked",
-    latents=BLOB,
-    shape=(2, 4, 8, 12),
-    dtype="float16",
-    height=64,
-    width=96,
-    batch=2,
-    num_frames=1,
-    fps=8.0,
-    output=Output.PNG,
-)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
 counts = st.integers(1, 2**40)
+
+
 seconds = st.floats(0.001, 1e9)
+
+
 blobs = st.builds(BlobRef, store=texts, name=texts, sha256=texts, size_bytes=counts)
+
+
 webhooks = st.builds(
     Webhook, url=texts, events=st.lists(st.sampled_from(JOB_EVENTS), unique=True).map(tuple), inline=st.booleans()
 )
+
+
 requests = st.builds(
     DecodeRequest,
     webhook=st.none() | webhooks,
@@ -95,9 +91,6 @@ requests = st.builds(
     vae_revision=st.none() | st.just("v1.0-rc.2"),
     kind=st.sampled_from(Kind),
 )
-
-
-# To the wire and back -------------------------------------------------------------------------------------
 
 
 @unhurried
@@ -162,8 +155,6 @@ def test_pixels_are_those_of_every_frame_of_every_item() -> None:
     assert clip.pixels == 3 * 9 * 32 * 48
 
 
-# The digest -----------------------------------------------------------------------------------------------
-
 #: Another value of each field.
 OTHERS: dict[str, Any] = {
     "job_id": "j-2",
@@ -226,9 +217,6 @@ def test_a_replay_has_the_same_digest(request: DecodeRequest) -> None:
     assert DecodeRequest.from_wire(request.to_wire()).payload_hash == request.payload_hash
 
 
-# Who may share a batch ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["vae", "layout", "shape", "dtype", "height", "width", "scaling_factor", "mode"])
 def test_jobs_that_decode_differently_are_in_different_buckets(name: str) -> None:
     assert dataclasses.replace(REQUEST, **{name: OTHERS[name]}).bucket != REQUEST.bucket
@@ -255,85 +243,6 @@ def test_jobs_that_decode_alike_are_in_one_bucket(change: dict[str, Any]) -> Non
     assert dataclasses.replace(REQUEST, **change).bucket == REQUEST.bucket
 
 
-# Other versions -------------------------------------------------------------------------------------------
-
-
-def wire_of(**changes: Any) -> bytes:
-    wire = json.loads(REQUEST.to_wire()) | changes
-    return json.dumps({name: value for name, value in wire.items() if value is not ...}).encode()
-
-
-@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 999])
-def test_a_newer_version_is_told_apart_and_says_to_upgrade(version: int) -> None:
-    with pytest.raises(
-        UnsupportedMessage, match=f"schema_version is {version}.* up to {SCHEMA_VERSION}: upgrade"
-    ) as refusal:
-        DecodeRequest.from_wire(wire_of(schema_version=version))
-    assert refusal.value.code == "unsupported_message"
-
-
-@pytest.mark.parametrize("version", [None, "1", 1.5, [1]])
-def test_a_version_that_is_none_is_refused(version: Any) -> None:
-    with pytest.raises(UnsupportedMessage):
-        DecodeRequest.from_wire(wire_of(schema_version=version))
-
-
-def test_a_field_that_a_reader_does_not_know_is_ignored() -> None:
-    assert DecodeRequest.from_wire(wire_of(a_field_of_tomorrow={"x": 1})) == REQUEST
-
-
-def test_a_field_that_is_not_there_takes_its_default() -> None:
-    optional = {"priority", "timeout_s", "retention_s", "provenance", "allow_tiling"}
-    assert DecodeRequest.from_wire(wire_of(**dict.fromkeys(optional, ...))) == REQUEST
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["schema_version", "job_id", "vae", "layout", "latents", "shape", "dtype", "height", "batch", "fps", "output"],
-)
-def test_a_required_field_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(UnsupportedMessage):
-        DecodeRequest.from_wire(wire_of(**{name: ...}))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("latents", "redis"),
-        ("latents", {"store": "redis"}),
-        ("latents", {"store": "redis", "name": "x", "sha256": "", "size_bytes": 1, "path": "/etc/passwd"}),
-        ("shape", 4),
-        ("shape", ["four"]),
-        ("output", "gif"),
-        ("mode", "quick"),
-        ("priority", "urgent"),
-        ("job_id", 7),
-        ("vae", None),
-        ("height", "64"),
-        ("width", None),
-        ("batch", [2]),
-        ("num_frames", 1.5),
-        ("fps", "8"),
-        ("timeout_s", "soon"),
-        ("metadata", "seed=1"),
-        ("metadata", {"seed": 1}),
-        ("provenance", "no"),
-    ],
-)
-def test_a_field_of_a_wrong_type_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(UnsupportedMessage):
-        DecodeRequest.from_wire(wire_of(**{name: value}))
-
-
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"7", b'"text"', b"\xff\xfe", "{}", b"{}"])
-def test_what_is_no_message_is_refused(data: bytes | str) -> None:
-    with pytest.raises(UnsupportedMessage):
-        DecodeRequest.from_wire(data)
-
-
-# Ids ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("job_id", ["a", "A-b_9", "0" * 64, "0198f3f2-7d9e-7cc3-9c3a-2f4b5c6d7e8f"])
 def test_an_id_of_letters_digits_and_dashes_is_taken(job_id: str) -> None:
     assert check_job_id(job_id) == job_id
@@ -345,8 +254,6 @@ def test_any_other_id_is_refused(job_id: str) -> None:
         check_job_id(job_id)
     assert refusal.value.field == "job_id"
 
-
-# States ---------------------------------------------------------------------------------------------------
 
 #: The drawing of DESIGN.md, "States", arrow by arrow, and two that go past `processing`: a start deadline that passes
 #: while the job waits, and an attempt that was cut off, whose job went back to the queue, and that completes after all.
@@ -378,9 +285,6 @@ def test_nothing_leaves_an_end_but_to_be_forgotten() -> None:
     for status in JobStatus:
         if status.is_terminal:
             assert TRANSITIONS[status] <= {JobStatus.EXPIRED}
-
-
-# Facts of the decode --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
