@@ -6,7 +6,7 @@ prompts, or from a sentence with one of their words in it. So the whole way from
 tested, without a download.
 
 Pictures. The middle square of each of the demo VAE's four photographs at 256x256, the pipeline's own size. Photographs,
-origin and licences: `train_demo_vae.py`.
+origin and licences: `demo_photographs.py`.
 
 Training. The UNet predicts the clean latents themselves (prediction_type `sample`): at high noise it has to know the
 picture from the prompt, at low noise it takes away what noise is left. Half of the noisy latents are made from the
@@ -42,7 +42,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tools.train_demo_vae import PHOTOS, Muon, cut, load_photo, psnr, schedule, update_average
+from tools.demo_photographs import PHOTOS, cut, load_photo
+from tools.training import Muon, psnr, schedule, update_average
 
 VAE_FOLDER = Path(__file__).resolve().parents[1] / "worker" / "demo_vae"
 LATENT_CHANNELS = 16

@@ -4,17 +4,7 @@ The result is a small, real ``diffusers.AutoencoderKL`` (8x spatial compression,
 channels, about 1.7 M parameters) that knows four photographs by heart, and little else. It lets
 the service, its tests and its demo run a genuine VAE decode without any download.
 
-Photographs. All of them are colour files inside the scikit-image wheel (``skimage.data``); origin
-and licence are as stated in skimage's own docstrings:
-
-* ``astronaut``: Eileen Collins, NASA Great Images database (flic.kr/p/r9qvLn). "No known copyright
-  restrictions, released into the public domain."
-* ``coffee``: a coffee cup, courtesy of Pikolo Espresso Bar. "No copyright restrictions. CC0 by the
-  photographer (Rachel Michetti)."
-* ``chelsea``: Chelsea the cat. "No copyright restrictions. CC0 by the photographer (Stefan van der
-  Walt)."
-* ``rocket``: launch of DSCOVR on a Falcon 9, SpaceX Photos (flickr 16511594820). "Captured by
-  SpaceX and released in the public domain."
+Photographs: `demo_photographs.py` has them, with their origin and licence.
 
 Training. The encoder does not start at random: its convolutions are set in closed form so that
 it computes a whitened principal component analysis (PCA) of the 8x8 patches. Then three stages
@@ -43,7 +33,7 @@ of ``height`` x ``width`` whose top left corner is
 
 with ``pan`` = "y0,x0,y1,x1" in the file's metadata, and every frame is encoded on its own.
 
-Run it with ``nice -n 15 env OMP_NUM_THREADS=2 python tools/train_demo_vae.py --steps 800``; it
+Run it with ``nice -n 15 env OMP_NUM_THREADS=2 python -m tools.train_demo_vae --steps 800``; it
 needs torch, diffusers, safetensors and scikit-image. The seed fixes the sequence of random draws
 and the schedule follows the steps, so a second run differs by rounding alone.
 """
@@ -62,14 +52,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import skimage.data
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pixel_unshuffle
 
-Box = tuple[int, int, int, int]  # y, x, height, width in the source photograph
+from tools.demo_photographs import CLIP, PHOTOS, clip_boxes, cut, load_photo
+from tools.training import Muon, picture_loss, psnr, schedule, update_average
 
 FACTOR = 8
 LATENT_CHANNELS = 16
@@ -80,29 +69,6 @@ QUIET = 30.0  # constant that outweighs the picture in the encoder's last group 
 CROP_PLANS = ((128, 4), (128, 4), (192, 2), (256, 1))  # crop size, batch size
 
 
-@dataclass(frozen=True)
-class Photo:
-    """A photograph of skimage.data and the part of it that is stored as latents."""
-
-    name: str
-    title: str
-    licence: str
-    box: Box
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A linear pan of a window over one photograph."""
-
-    source: str
-    title: str
-    height: int
-    width: int
-    frames: int
-    fps: int
-    pan: tuple[int, int, int, int]  # y0, x0, y1, x1: top left corner, first and last frame
-
-
 @dataclass
 class Example:
     """A whole target picture (1, 3, h, w) in [-1, 1] with its frozen latents (unscaled)."""
@@ -110,39 +76,6 @@ class Example:
     key: str
     target: torch.Tensor
     latents: torch.Tensor
-
-
-PHOTOS = (
-    Photo("astronaut", "Eileen Collins, astronaut (NASA)", "public domain (NASA)", (0, 0, 512, 512)),
-    Photo("coffee", "A cup of coffee (Rachel Michetti)", "CC0", (0, 0, 400, 600)),
-    Photo("chelsea", "Chelsea the cat (Stefan van der Walt)", "CC0", (2, 1, 296, 448)),
-    Photo("rocket", "Falcon 9 lifts off with DSCOVR (SpaceX)", "public domain (SpaceX)", (3, 64, 424, 512)),
-)
-CLIP = Clip("coffee", "A pan over a cup of coffee", 240, 304, 20, 12, (150, 0, 40, 296))
-
-
-def load_photo(name: str) -> torch.Tensor:
-    """Return a photograph as (3, H, W) float32 in [-1, 1]."""
-    pixels = np.array(getattr(skimage.data, name)())[..., :3]
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1.0
-
-
-def cut(image: torch.Tensor, box: Box) -> torch.Tensor:
-    """Crop (C, H, W) to the box and add a batch axis."""
-    y, x, height, width = box
-    return image[:, y : y + height, x : x + width].unsqueeze(0)
-
-
-def clip_boxes(clip: Clip) -> list[Box]:
-    """Return the box of every frame, by the formula in the module's docstring."""
-    y0, x0, y1, x1 = clip.pan
-    boxes: list[Box] = []
-    for index in range(clip.frames):
-        t = index / (clip.frames - 1)
-        y = math.floor(y0 + (y1 - y0) * t + 0.5)
-        x = math.floor(x0 + (x1 - x0) * t + 0.5)
-        boxes.append((y, x, clip.height, clip.width))
-    return boxes
 
 
 def build_model() -> Any:
@@ -254,44 +187,6 @@ def set_encoder(model: Any, images: list[torch.Tensor]) -> None:
         spread.bias[quiet], spread.bias[quiet + 1] = QUIET, -QUIET
 
 
-class Muon:
-    """Momentum made orthogonal for convolutions inside the network, Adam for the rest."""
-
-    def __init__(self, module: Any) -> None:
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        ends = ("conv_in.weight", "conv_out.weight")
-        self.matrices = [p for name, p in named if p.ndim == 4 and not name.endswith(ends)]
-        chosen = {id(p) for p in self.matrices}
-        self.momenta = [torch.zeros_like(p) for p in self.matrices]
-        self.adam = torch.optim.Adam([p for _, p in named if id(p) not in chosen], lr=1e-3, betas=(0.9, 0.98))
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Update the parameters from their gradients and clear the gradients."""
-        for group in self.adam.param_groups:
-            group["lr"] = 0.1 * rate
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        for parameter, momentum in zip(self.matrices, self.momenta, strict=True):
-            if parameter.grad is None:
-                continue
-            momentum.lerp_(parameter.grad, 0.08)
-            matrix = parameter.grad.lerp(momentum, 0.92).flatten(1)
-            update = orthogonal(matrix).view(parameter.shape)
-            parameter.add_(update, alpha=-rate * max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5)
-            parameter.grad = None
-
-
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Bring all singular values of a matrix near 1 (five Newton-Schulz steps)."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x: torch.Tensor = (matrix.T if tall else matrix) / (matrix.norm() + 1e-12)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
-
-
 def random_batch(images: list[torch.Tensor], rng: random.Random) -> torch.Tensor:
     """Return random crops, flipped left to right half of the time."""
     size, count = rng.choice(CROP_PLANS)
@@ -303,28 +198,6 @@ def random_batch(images: list[torch.Tensor], rng: random.Random) -> torch.Tensor
         crop = cut(image, (y, x, size, size))
         crops.append(crop.flip(3) if rng.random() < 0.5 else crop)
     return torch.cat(crops).contiguous(memory_format=torch.channels_last)
-
-
-def picture_loss(output: torch.Tensor, target: torch.Tensor, sharp: float) -> torch.Tensor:
-    """L1 + MSE + a weighted L1 on vertical and horizontal differences."""
-    error = output - target
-    gradient = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    return error.abs().mean() + 2.0 * error.square().mean() + sharp * gradient
-
-
-def psnr(output: torch.Tensor, target: torch.Tensor) -> float:
-    """PSNR in dB of 8-bit pictures, as a viewer of the decoded PNG would measure it."""
-    a = ((output / 2 + 0.5).clamp(0, 1) * 255).round()
-    b = ((target / 2 + 0.5).clamp(0, 1) * 255).round()
-    return 10.0 * math.log10(255.0**2 / max(float((a - b).square().mean()), 1e-9))
-
-
-def update_average(average: Any, model: Any, step: int) -> None:
-    """Move the EMA weights towards the model's, faster in the first steps."""
-    decay = min(0.985, (1 + step) / (10 + step))
-    with torch.no_grad():
-        for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-            slow.lerp_(fast, 1.0 - decay)
 
 
 def rounded(model: Any) -> Any:
@@ -508,12 +381,6 @@ class Trainer:
             self.train_crops("joint", ends[1], 0.008, 0.5)
         self.train_pictures(self.total, 0.008)
         export(self.average, self.images, self.out, self.frozen)
-
-
-def schedule(step: int, share: float, peak: float, floor: float) -> float:
-    """Warm up over 15 steps, then follow a cosine from ``peak`` to ``floor * peak``."""
-    level = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-    return peak * level * min(1.0, (step + 1) / 15)
 
 
 def main() -> None:
