@@ -31,6 +31,8 @@ _SUBMIT: Final = {
     "body": "submit",
 }
 _ON_SUBMIT: Final = (409, 411, 413, 415, 422)
+#: Of whatever has a body, unless it says otherwise.
+_OF_A_BODY: Final = (411, 413, 422)
 _ANY: Final = "*/*"
 _OUTPUT: Final = {
     "answers": {200: _ANY, 206: _ANY, 304: None},
@@ -53,7 +55,8 @@ def _route(at: str, handler: Handler, summary: str, *answer: Any, **more: Any) -
     """A row. `at`: method and path; `answer`: of status 200, where `answers` does not say all of them."""
     method, path = at.split()
     answers = {"answers": {200: answer[0]}} if answer else {}
-    return Route(method=method, path=path, handler=handler, summary=summary, **{"problems": (422,)} | answers | more)
+    problems = _OF_A_BODY if "body" in more else (422,)
+    return Route(method=method, path=path, handler=handler, summary=summary, **{"problems": problems} | answers | more)
 
 
 ROUTES: Final = (
@@ -101,7 +104,7 @@ ROUTES: Final = (
         answers={200: Job, 202: Job},
         options="again",
         body="redecode",
-        problems=(409, 410, 411, 413, 422),
+        problems=(409, 410, *_OF_A_BODY),
     ),
     _route(
         "GET /v1/decodes/{id}/events",
@@ -147,7 +150,6 @@ ROUTES: Final = (
         "Send a message of type `ping` to a URL, once",
         answers={202: schemas.Delivery},
         body="ping",
-        problems=(411, 413, 422),
     ),
     _route(
         "GET /v1/webhook-secrets",
@@ -161,7 +163,6 @@ ROUTES: Final = (
         "Add a secret of yours; those before it go on signing for a while",
         answers={201: schemas.WebhookSecret},
         body="secret",
-        problems=(411, 413, 422),
     ),
     _route(
         "DELETE /v1/webhook-secrets/{secret}",
@@ -193,7 +194,6 @@ ROUTES: Final = (
         schemas.Session,
         open=True,
         body="token",
-        problems=(411, 413, 422),
     ),
     _route("DELETE /session", session_routes.end, "Log a browser out", answers={204: None}),
     _route("GET /livez", health.livez, "Whether the gateway runs", "text/plain", open=True, problems=()),
