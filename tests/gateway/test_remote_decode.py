@@ -9,8 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +22,11 @@ import torch
 from imageio_ffmpeg import count_frames_and_secs
 from PIL import Image
 
-from broker_config.settings import load_settings
-from producer import DecodeClient
-from producer.operations import Operations
+from broker_config.messages import Kind
 from tests.gateway import remote_client
-from tests.support.processes import ROOT, environment_of
+from tests.support.redirecting import redirected_post
 from tests.support.remote_clients import answers_of
-from tests.support.up import Up, free_port, latentq_up
-from tests.support.wait import wait_until
+from tests.support.up import Up, latentq_up
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -320,58 +315,20 @@ def test_sd_next_leaves_parameters_out(up: Up, vaes: dict[str, Any], loaded: boo
 def test_past_the_bound_the_client_is_sent_on_and_follows(
     up: Up, vaes: dict[str, Any], tiny_catalog: Path, tmp_path: Path
 ) -> None:
-    settings = load_settings(redis_url=up.broker_url, catalog=tiny_catalog, _env_file=None)
-    with DecodeClient.from_url(up.broker_url, catalog=tiny_catalog, _env_file=None) as client:
-        port = free_port()
-        environment = environment_of(settings) | {"LATENTQ_GATEWAY_WAIT_S": "0.2", "LATENTQ_LOG_FORMAT": "json"}
-        command = [sys.executable, "-m", "producer.gateway", "--port", str(port)]
-        with (tmp_path / "gateway.log").open("wb") as log:
-            process = subprocess.Popen(command, env=environment, stderr=log, stdout=log, cwd=ROOT)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            wait_until(lambda: answers_at(url), timeout_s=60, what="the second gateway")
-            operations = Operations(client)
-            operations.pause("sd")
-            try:
-                with ThreadPoolExecutor(1) as pool:
-                    waiting = pool.submit(
-                        requests.post,
-                        f"{url}/decode/sd",
-                        params=query(*SHAPES["sd"]),
-                        headers={"Content-Type": "tensor/binary", "Accept": "tensor/binary"},
-                        data=raw(latents_for("sd")),
-                        timeout=120,
-                    )
-                    wait_until(lambda: redirects(url) >= 3, timeout_s=60, what="redirects")
-                    operations.resume("sd")
-                    answer = waiting.result(timeout=60)
-            finally:
-                operations.resume("sd")
-        finally:
-            process.terminate()
-            assert process.wait(30) == 0, (tmp_path / "gateway.log").read_text()
-    assert [step.status_code for step in answer.history[:2]] == [303, 303]
-    assert answer.status_code == 200
+    answer, job = redirected_post(
+        up,
+        "/decode/sd",
+        catalog=tiny_catalog,
+        folder=tmp_path,
+        params=query(*SHAPES["sd"]),
+        headers={"Content-Type": "tensor/binary", "Accept": "tensor/binary"},
+        data=raw(latents_for("sd")),
+    )
+    assert job.kind is Kind.DECODE
     found = torch.frombuffer(bytearray(answer.content), dtype=torch.float32).reshape(
         json.loads(answer.headers["shape"])
     )
     equal(found, local(vaes, "sd"))
-
-
-def answers_at(url: str) -> bool:
-    try:
-        return requests.get(f"{url}/livez", timeout=5).ok
-    except requests.ConnectionError:
-        return False
-
-
-def redirects(url: str) -> float:
-    """Redirects that this gateway has answered with."""
-    text = requests.get(f"{url}/metrics", timeout=10).text
-    lines = [
-        line for line in text.splitlines() if line.startswith("latentq_http_requests_total") and 'status="303"' in line
-    ]
-    return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
 def test_several_clients_at_once_get_their_own_pictures(up: Up, vaes: dict[str, Any]) -> None:

@@ -10,11 +10,8 @@ from __future__ import annotations
 import io
 import json
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +23,16 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from broker_config.messages import Kind
-from broker_config.settings import load_settings
-from producer import DecodeClient
 from producer.gateway.identity import LOCAL
-from producer.operations import Operations
 from tests.gateway import remote_encode_client
 from tests.gateway.conftest import problem
-from tests.gateway.test_remote_decode import answers_at, equal, redirects
+from tests.gateway.test_remote_decode import equal
 from tests.parity.test_remote_vae_families import _vae
 from tests.support.gateways import RunningGateway
-from tests.support.processes import ROOT, environment_of
+from tests.support.redirecting import redirected_post
 from tests.support.remote_clients import answers_of
 from tests.support.tiny_families import write_family_catalog
-from tests.support.up import Up, free_port, latentq_up
-from tests.support.wait import wait_until
+from tests.support.up import Up, latentq_up
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -270,34 +263,8 @@ def test_decoding_without_factors_applies_nothing(up: Up, catalog: Path) -> None
 
 
 def test_past_the_bound_the_client_is_sent_on_and_follows(up: Up, local: Any, catalog: Path, tmp_path: Path) -> None:
-    settings = load_settings(redis_url=up.broker_url, catalog=catalog, _env_file=None)
-    with DecodeClient.from_url(up.broker_url, catalog=catalog, _env_file=None) as client:
-        port = free_port()
-        environment = environment_of(settings) | {"LATENTQ_GATEWAY_WAIT_S": "0.2"}
-        command = [sys.executable, "-m", "producer.gateway", "--port", str(port)]
-        with (tmp_path / "gateway.log").open("wb") as log:
-            process = subprocess.Popen(command, env=environment, stderr=log, stdout=log, cwd=ROOT)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            wait_until(lambda: answers_at(url), timeout_s=60, what="the second gateway")
-            operations = Operations(client)
-            operations.pause("sd")
-            try:
-                with ThreadPoolExecutor(1) as pool:
-                    waiting = pool.submit(requests.post, f"{url}/encode/sd", data=encoded_as("PNG"), timeout=120)
-                    wait_until(lambda: redirects(url) >= 3, timeout_s=60, what="redirects")
-                    operations.resume("sd")
-                    answer = waiting.result(timeout=60)
-            finally:
-                operations.resume("sd")
-            request = client.job(answer.headers["X-Latentq-Job"]).snapshot().request
-        finally:
-            process.terminate()
-            assert process.wait(30) == 0, (tmp_path / "gateway.log").read_text()
-    assert request is not None
-    assert request.kind is Kind.ENCODE
-    assert [step.status_code for step in answer.history[:2]] == [303, 303]
-    assert answer.status_code == 200
+    answer, job = redirected_post(up, "/encode/sd", catalog=catalog, folder=tmp_path, data=encoded_as("PNG"))
+    assert job.kind is Kind.ENCODE
     found = torch.frombuffer(bytearray(answer.content), dtype=torch.float32).reshape(1, 4, 6, 8)
     equal(found, local("sd", preprocessed(picture())))
 
