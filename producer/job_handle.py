@@ -22,6 +22,7 @@ from broker_config.errors import (
 )
 from broker_config.messages import Artifact, DecodeResult, JobSnapshot, JobStatus
 from broker_config.tensor_header import read_header
+from producer.quantities import counted
 
 if TYPE_CHECKING:
     import torch
@@ -240,8 +241,8 @@ def finished_result(snapshot: JobSnapshot) -> DecodeResult:
     if snapshot.status is JobStatus.FAILED:
         last = snapshot.errors[-1] if snapshot.errors else {"code": "error", "message": "no error was recorded"}
         raise JobFailed(
-            f"job {job_id} failed after {snapshot.attempts} attempts: {last['message']} [{last['code']}]; its latents "
-            f"are retained, decode them again with redecode",
+            f"job {job_id} failed after {counted(snapshot.attempts, 'attempt')}: {last['message']} [{last['code']}]; "
+            "its latents are retained, decode them again with redecode",
             job_id=job_id,
             error_code=str(last["code"]),
         )

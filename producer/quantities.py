@@ -23,6 +23,6 @@ def byte_size(count: float) -> str:
     return f"{count / 1024**power:.1f} {' KMGT'[power]}iB"
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str | None = None) -> str:
     """`1 job`, `3 jobs`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"

@@ -33,6 +33,7 @@ from producer.cli.job_options import (
 from producer.cli.services import become
 from producer.client import DecodeClient
 from producer.pipelines import served_by
+from producer.quantities import counted
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as `submit` printed it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -167,7 +168,8 @@ def describe(snapshot: JobSnapshot) -> dict[str, str]:
         lines["artifacts"] = ", ".join(
             f"{item.content_type} {item.blob.size_bytes} B" for item in snapshot.result.artifacts
         )
-    lines["attempts"] = f"{snapshot.attempts}, {snapshot.error_count} errors, {snapshot.crash_count} crashes"
+    errors, crashes = counted(snapshot.error_count, "error"), counted(snapshot.crash_count, "crash", "crashes")
+    lines["attempts"] = f"{snapshot.attempts}, {errors}, {crashes}"
     for number, error in enumerate(snapshot.errors, 1):
         lines[f"error {number}"] = f"{error.get('message')} [{error.get('code')}]"
     return lines
