@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from broker_config.keys import Priority
 from broker_config.latent_geometry import LatentLayout
 from broker_config.messages import JobSnapshot, JobStatus, Mode, Output
+
+
+def moment_text(at: datetime) -> str:
+    """RFC 3339 in UTC, always with milliseconds: of one length, so that texts sort as the times do."""
+    return at.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+
+
+#: A time as JSON shows it.
+Moment = Annotated[
+    datetime,
+    PlainSerializer(moment_text, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "format": "date-time"}),
+]
 
 
 class Schema(BaseModel):
@@ -84,10 +97,10 @@ class Job(Schema):
     decoded_by: dict[str, Any] = Field(
         {}, description="Weights, dtype, device, mode and more, of a job that succeeded."
     )
-    created_at: datetime
-    started_at: datetime | None = None
-    ended_at: datetime | None = None
-    expires_at: datetime | None = None
+    created_at: Moment
+    started_at: Moment | None = None
+    ended_at: Moment | None = None
+    expires_at: Moment | None = None
     urls: JobUrls
 
 

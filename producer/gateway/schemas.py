@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
 
 from pydantic import ConfigDict, Field
 
 from broker_config.job_document import Job as Job
+from broker_config.job_document import Moment
 from broker_config.job_document import Schema as Schema
 from broker_config.keys import Priority
 from broker_config.latent_geometry import LatentLayout
@@ -97,7 +97,7 @@ class Workers(Schema):
 class Point(Schema):
     """A quarter of a minute of the charts."""
 
-    at: datetime
+    at: Moment
     succeeded: int
     failed: int
     canceled: int
@@ -143,7 +143,7 @@ class Problem(Schema):
 class DeliveryAttempt(Schema):
     """One try to deliver a webhook."""
 
-    at: datetime
+    at: Moment
     status: int | None = Field(description="Null: there was no answer.")
     duration_ms: int
     error: str | None = Field(description="Null: it went well. Never the receiver's own words.")
@@ -167,9 +167,9 @@ class Delivery(Schema):
     receiver: str = Field(description="Scheme, host and port.")
     url: str | None = Field(description="Null for who did not submit the job: it may hold the receiver's secrets.")
     reason: str | None = Field(description="Why it was given up.")
-    created_at: datetime
-    next_attempt_at: datetime | None
-    ended_at: datetime | None
+    created_at: Moment
+    next_attempt_at: Moment | None
+    ended_at: Moment | None
     attempts: list[DeliveryAttempt] = Field(description="The last fifty, oldest first.")
     urls: DeliveryUrls
 
@@ -185,8 +185,8 @@ class WebhookSecret(Schema):
     """A secret that signs webhooks; the secret itself is never shown."""
 
     id: str
-    added_at: datetime
-    valid_until: datetime | None = Field(description="Null: until it is removed or followed by another.")
+    added_at: Moment
+    valid_until: Moment | None = Field(description="Null: until it is removed or followed by another.")
 
 
 class WebhookSecrets(Schema):

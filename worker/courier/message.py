@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from broker_config.job_document import job_document
+from broker_config.job_document import job_document, moment_text
 from broker_config.messages import JobSnapshot
 from broker_config.scoped_ids import key_of, shown_to
 from broker_config.webhook_outbox import DueDelivery
@@ -61,7 +61,7 @@ def message_of(
 
 
 def _written(due: DueDelivery, data: Mapping[str, Any]) -> str:
-    at = datetime.fromtimestamp(due.at_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    at = moment_text(datetime.fromtimestamp(due.at_ms / 1000, UTC))
     return json.dumps(
         {"type": due.event.message_type, "timestamp": at, "data": data}, separators=(",", ":"), ensure_ascii=False
     )
