@@ -479,12 +479,9 @@ class JobStore:
             quiet_s: a longer pause since anyone reaped counts as an outage: nothing expires for one lease length.
             limit: jobs at a time.
         """
-        with broker_errors(self.connections.url):
-            run_id = self.connections.commands.info("server")["run_id"]
         answer = self._run(
             "reap",
             janitor,
-            run_id,
             round(self.settings.lease_s * 1000),
             round(quiet_s * 1000),
             self.settings.max_crashes,
@@ -502,6 +499,11 @@ class JobStore:
             return {}
         words = [part.decode() for part in self._run("audit", round(settle_s * 1000), *job_ids)]
         return dict(zip(words[::2], words[1::2], strict=True))
+
+    def recount(self, *, most: int) -> dict[str, tuple[int, int]]:
+        """Sets right what admission counts, unless more than `most` jobs have not ended. Returns what was wrong."""
+        told = [part.decode() for part in self._run("recount", most)]
+        return {name: (int(old), int(new)) for name, old, new in zip(told[::3], told[1::3], told[2::3], strict=True)}
 
     def scan(self, cursor: int, *, count: int) -> tuple[int, list[str]]:
         """The next job ids of an endless walk over all records: `(cursor, ids)`; cursor 0: the walk is done."""

@@ -32,7 +32,7 @@ Schema (`latentq:` is our prefix, `rq:` RQ's own, which `RQ_KEY_PREFIX` may chan
     latentq:worker:<name>     hash    what a live worker reports             a few leases
     latentq:paused            set     VAEs whose queues nobody claims from   owned by `latentq pause`/`resume`
     latentq:reaper            hash    who reaps, since when, grace           1 h
-    latentq:janitor           string  the janitor that leads                 3 s, renewed every second
+    latentq:janitor           string  the janitor that leads                 2.5 s, renewed every second
     latentq:tally:<vae>       hash    outcomes and times of ended jobs       owned by the scripts; some fifty fields
     latentq:pulse:<quarter>   hash    the same, of a quarter of a minute     1 h
     latentq:keys              hash    key id → name, digest, scopes, quotas  owned by `latentq keys`

@@ -240,9 +240,8 @@ class DecodeWorker:
         timer.start()
         self._fetch.stop()
         self._device.hand_back()
-        if not self._device_broke:  # a fetch stage that broke has told the device so
-            fetch.join()
-            device.join()
+        fetch.join()  # then whatever it claimed is held, and goes back below
+        device.join()
         self._finish.close()
         left = self._to_hand_back()
         self._leases.stop()  # first: one more beat would say that we still serve

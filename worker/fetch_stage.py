@@ -70,8 +70,9 @@ class FetchStage:
         self._resting: dict[str, tuple[float, float]] = {}
         self._stopping = threading.Event()
         self._paused_claims = threading.Semaphore(1)
-        #: Batches ready for the device; at most one waits.
-        self.ready: queue.Queue[Batch | None] = queue.Queue(maxsize=1)
+        #: Batches ready for the device: at most one waits, and the end behind it. Room for both, so that this thread
+        #: ends even where the device's thread broke and takes neither.
+        self.ready: queue.Queue[Batch | None] = queue.Queue(maxsize=2)
 
     def serve(self, settings: WorkerSettings, *, budgets_px: Mapping[str, int]) -> None:
         """Takes over which VAEs are served, and how many pixels are worth one call of each, before `run`."""

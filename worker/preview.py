@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection
 
 import torch
 
-from broker_config.errors import LatentqError
 from broker_config.job_store import JobStore
 from broker_config.latent_geometry import LatentLayout
 from broker_config.messages import DecodeRequest, Output
@@ -51,7 +50,7 @@ class Previewer:
         try:
             self._store.show_preview(work.claim.job_id, self._picture(work, name))
             work.preview = f"shown by {name}"
-        except (LatentqError, RuntimeError, MemoryError, ValueError, OSError) as error:
+        except Exception as error:
             known = classify(error)
             work.preview = f"failed: {known.code}"
             logger.warning("no preview: %s", known.message, extra={"action": "preview_failed", **about})

@@ -15,7 +15,8 @@ end
 
 local function look(id)
   local rec, what = record(id), nil
-  local status = call('HGET', RQ .. 'job:' .. id, 'status')
+  if not rec and call('EXISTS', P .. 'job:' .. id) == 1 then return 'broken' end
+  local status = rq_status(id)
   local since = rec and (rec.state == 'queued' and rec.queued_ms or rec.ended_ms or rec.started_ms) or now
   if rec and now - tonumber(since) > tonumber(ARGV[1]) then
     if rec.state == 'queued' then

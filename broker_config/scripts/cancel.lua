@@ -8,7 +8,6 @@ if rec.state ~= 'queued' and rec.state ~= 'processing' then return rec.state end
 if rec.state == 'processing' and ARGV[3] == 'queued' then return 'processing' end
 if ARGV[2] ~= '' and rec.execution ~= ARGV[2] then return 'lost' end
 if rec.state == 'queued' or ARGV[2] ~= '' then
-  call('ZREM', P .. 'parked', rec.id)
   finish(rec, 'canceled', now_ms())
   return 'canceled'
 end

@@ -71,7 +71,7 @@ local function head_of(queue, vae)
     local id = call('LINDEX', key, passed)
     if not id then return nil end
     local rec = record(id)
-    local status = call('HGET', RQ .. 'job:' .. id, 'status')
+    local status = rq_status(id)
     local runs = rec and rec.state == 'queued' and status == 'queued' and not too_new(rec) and not is_late(rec, now)
     if runs and not better_elsewhere(rec, vae) then return rec end
     if drops_left == 0 then
@@ -125,7 +125,7 @@ if mode == 'fast' and max_jobs > 1 and (best.crashes or '0') == '0' then
     local rec = record(id)
     if rec and rec.state == 'queued' and rec.bucket == best.bucket and (rec.crashes or '0') == '0'
       and rec.avoid ~= worker and px + tonumber(rec.px) <= max_px and not too_new(rec) and not is_late(rec, now)
-      and call('HGET', RQ .. 'job:' .. id, 'status') == 'queued' then
+      and rq_status(id) == 'queued' then
       local twice = false
       for _, other in ipairs(chosen) do twice = twice or other.id == id end
       if not twice then

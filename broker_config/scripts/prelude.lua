@@ -35,11 +35,18 @@ local function utc(ms)
     math.floor(r / 3600), math.floor(r % 3600 / 60), r % 60, ms % 1000)
 end
 
+-- A key of another kind in its place is no record: a claim or a renewal that raised would do so for every other job.
 local function record(id)
-  local flat, rec = call('HGETALL', P .. 'job:' .. id), {}
+  local flat, rec = redis.pcall('HGETALL', P .. 'job:' .. id), {}
   for i = 1, #flat, 2 do rec[flat[i]] = flat[i + 1] end
   rec.id = id
   return rec.state and rec or nil
+end
+
+-- What RQ's hash says of the job; nil: there is none.
+local function rq_status(id)
+  local status = redis.pcall('HGET', RQ .. 'job:' .. id, 'status')
+  return type(status) == 'string' and status or nil
 end
 
 -- A blob is called by its name; one outside Redis by `<store>/<name>`, and `external:<store>` stands for its bytes
@@ -163,7 +170,10 @@ local function finish(rec, state, now, rq_field, rq_value, result)
   local id, job, rq_job = rec.id, P .. 'job:' .. rec.id, RQ .. 'job:' .. rec.id
   local retention = tonumber(rec.retention_ms)
   local ends = now + retention
-  if rec.state == 'queued' then call('LREM', RQ .. 'queue:' .. rec.rq_queue, 1, id) end
+  if rec.state == 'queued' then
+    call('LREM', RQ .. 'queue:' .. rec.rq_queue, 1, id)
+    call('ZREM', P .. 'parked', id)
+  end
   if rec.deadline_ms then call('ZREM', DEADLINES, id) end
   drop_execution(rec)
 
@@ -240,7 +250,7 @@ end
 -- may still take the job up again (it was cut off, not given up); '' for none. A job that someone canceled
 -- meanwhile, through us or with RQ's own tools, ends instead. Returns 'queued' or 'canceled'.
 local function requeue(rec, side, now, execution)
-  local status = call('HGET', RQ .. 'job:' .. rec.id, 'status')
+  local status = rq_status(rec.id)
   if rec.cancel == '1' or not status or status == 'canceled' or status == 'stopped' then
     finish(rec, 'canceled', now)
     return 'canceled'

@@ -1,10 +1,12 @@
--- Returns jobs whose lease ended. ARGV: janitor, run_id of the broker, lease_ms, quiet_ms, max_crashes,
--- crash exc_string, limit. Nothing expires for one lease length after the broker restarted or after nobody
--- reaped for `quiet_ms`: then the silence may have been ours, not the worker's.
+-- Returns jobs whose lease ended. ARGV: janitor, lease_ms, quiet_ms, max_crashes, crash exc_string, limit.
+-- Nothing expires for one lease length after the broker restarted or after nobody reaped for `quiet_ms`: then the silence
+-- may have been ours, not the worker's.
 -- Returns {'grace', ms left} | {'reaped', id, what, …} with what = requeued | crashed | failed | canceled | broken
 -- (a key of it is of another kind: it is tried again after a lease, and does not stop the others).
-local janitor, run_id, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local quiet_ms, max_crashes, crash_exc = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+local janitor, lease_ms, quiet_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local max_crashes, crash_exc = tonumber(ARGV[4]), ARGV[5]
+-- Asked here and not before: between two commands the broker may be another one.
+local run_id = string.match(call('INFO', 'server'), 'run_id:(%w+)')
 local now, key = now_ms(), P .. 'reaper'
 local seen = call('HMGET', key, 'run_id', 'at_ms', 'grace_ms')
 local grace = tonumber(seen[3]) or 0
@@ -34,7 +36,7 @@ local function give_back(rec)
 end
 
 local out = { 'reaped' }
-local due = call('ZRANGEBYSCORE', LEASES, '-inf', int(now), 'LIMIT', 0, tonumber(ARGV[7]))
+local due = call('ZRANGEBYSCORE', LEASES, '-inf', int(now), 'LIMIT', 0, tonumber(ARGV[6]))
 for i = #due, 1, -1 do -- the last one first: each goes before the others
   local id = due[i]
   local rec = record(id)

@@ -1,6 +1,9 @@
 -- Renews leases. ARGV: worker, lease_ms, then for each job: id, execution, stage, done, total.
 -- Returns one word for each job: 'renewed' | 'adopted' | 'cancel' | 'lost'.
 -- 'adopted': the lease had ended and the job was queued again, but nobody claimed it: the attempt goes on.
+-- An attempt never goes back a stage. Two threads of a worker renew, and a word may be late on its way: the older one
+-- must not hide that the job is on the device, where a death counts.
+local ORDER = { claimed = 1, ready = 2, device = 3, encode = 4, finish = 5 }
 local worker, lease_ms, now, out = ARGV[1], tonumber(ARGV[2]), now_ms(), {}
 local at = string.format('%.3f', now / 1000)
 for i = 3, #ARGV, 5 do
@@ -17,7 +20,10 @@ for i = 3, #ARGV, 5 do
       call('HSET', P .. 'job:' .. id, 'state', 'processing')
       rq_set(id, 'status', 'started')
     end
-    if rec.cancel == '1' or call('HGET', RQ .. 'job:' .. id, 'status') == 'canceled' then word = 'cancel' end
+    if rec.cancel == '1' or rq_status(id) == 'canceled' then word = 'cancel' end
+    if rec.state == 'processing' and (ORDER[stage] or 0) < (ORDER[rec.stage] or 0) then
+      stage, done, total = rec.stage, rec.done or '0', rec.total or '0'
+    end
     call('HSET', P .. 'job:' .. id, 'stage', stage, 'done', done, 'total', total)
     if rec.webhook and done ~= '0' and done ~= rec.done and now - (tonumber(rec.told_ms) or 0) >= 500 then
       call('HSET', P .. 'job:' .. id, 'told_ms', int(now))

@@ -142,7 +142,8 @@ def totals(seen: Observations) -> Finding:
     return warning(
         "totals",
         f"admission counts {', '.join(off)}",
-        fix=f"while nothing is submitted or decoded: `redis-cli HSET latentq:totals {values}`",
+        fix="wait a minute for the janitor, which counts up to 10,000 unfinished jobs anew; with more, while nothing "
+        f"is submitted or decoded: `redis-cli HSET latentq:totals {values}`",
     )
 
 

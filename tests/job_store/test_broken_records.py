@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from broker_config import keys
-from broker_config.messages import JobStatus
-from tests.support.store_queue import LONG_S, NO_OUTAGE_S, Queue
+from broker_config.job_store import Outcome
+from broker_config.messages import JobStatus, Mode
+from tests.support.store_queue import LONG_S, NO_OUTAGE_S, PX, Queue, ids
 from tests.support.wait import wait_until
 from worker.janitor import Janitor
 
@@ -55,6 +58,35 @@ def test_a_late_job_that_cannot_be_ended_does_not_hold_up_the_others(queue: Queu
     for _ in range(2):  # the broken one ends its round, and is not in the next one
         janitor.tick()
     assert queue.state(fine) is JobStatus.FAILED
+
+
+@pytest.mark.parametrize("key", [keys.job, keys.rq_job], ids=["record", "hash of RQ"])
+def test_a_job_that_cannot_be_read_does_not_close_its_queue(queue: Queue, key: Callable[[str], str]) -> None:
+    broken, fine, behind = queue.submit_many(3)
+    kept = f"kept:{broken}"
+    queue.admin.rename(key(broken), kept)
+    queue.admin.set(key(broken), "of another kind")
+    claims = queue.worker().claim(mode=Mode.FAST, max_jobs=8, max_px=PX * 8)
+    assert ids(claims) == [fine, behind]
+    queue.admin.rename(kept, key(broken))
+    queue.admin.hset(keys.job(broken), "queued_ms", 1)
+    assert queue.store().audit([broken], settle_s=1) in ({broken: "requeued"}, {broken: "mended"})
+    assert queue.worker().claim_one().job_id == broken
+
+
+def test_a_job_that_cannot_be_read_does_not_keep_others_from_being_renewed(queue: Queue) -> None:
+    broken, fine = queue.submit_many(2)
+    worker = queue.worker()
+    claims = [worker.claim_one() for _ in range(2)]
+    queue.admin.rename(keys.job(broken), "kept")
+    queue.admin.set(keys.job(broken), "of another kind")
+    before = queue.admin.zscore(keys.LEASES, fine)
+    queue.wait_ms(5)
+    assert worker.renew(*claims) == ["lost", "renewed"]
+    assert queue.admin.zscore(keys.LEASES, fine) > before
+    assert worker.succeed(claims[0]) is Outcome.LOST
+    queue.admin.rename("kept", keys.job(broken))
+    assert worker.succeed(claims[0]) is Outcome.COMPLETED
 
 
 def test_an_audit_mends_the_others(queue: Queue) -> None:

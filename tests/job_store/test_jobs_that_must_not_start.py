@@ -56,6 +56,18 @@ def test_a_parked_job_can_be_canceled(queue: Queue) -> None:
     assert queue.admin.zcard(keys.PARKED) == 0
 
 
+def test_a_parked_job_that_ends_otherwise_is_parked_no_more(queue: Queue) -> None:
+    late, deleted = queue.submit_many(2, schema_version=SCHEMA_VERSION + 1, start_within_s=0.05)
+    assert queue.worker().claim() == []
+    assert queue.admin.zcard(keys.PARKED) == 2
+    queue.admin.delete(keys.rq_job(deleted))  # with RQ's tools
+    queue.admin.hset(keys.job(deleted), "queued_ms", 1)
+    assert queue.store().audit([deleted], settle_s=1) == {deleted: "canceled"}
+    queue.wait_ms(60)
+    assert queue.store().overdue() == [late]
+    assert queue.admin.zcard(keys.PARKED) == 0
+
+
 def test_a_job_whose_start_deadline_passed_fails_with_its_own_code(queue: Queue) -> None:
     late, job = queue.submit(start_within_s=0.05), queue.submit()
     queue.wait_ms(60)

@@ -25,6 +25,21 @@ def test_a_renewal_moves_the_lease_and_tells_stage_and_progress(queue: Queue) ->
     assert queue.admin.hget(keys.job(job), "stage") == b"device"
 
 
+def test_an_attempt_never_goes_back_a_stage(queue: Queue) -> None:
+    """Two threads of a worker renew; the older word may come last, and would hide that the job is on the device."""
+    job = queue.submit()
+    worker = queue.worker(lease_s=SHORT_S)
+    claim = worker.claim_one()
+    worker.renew(claim, stage="ready")
+    assert worker.renew(claim, stage="device", done=3, total=9) == ["renewed"]
+    assert worker.renew(claim, stage="ready") == ["renewed"]
+    assert queue.store().snapshot(job).progress_done == 3
+    assert queue.reap() == {job: "crashed"}
+    again = worker.claim_one()
+    assert worker.renew(again, stage="ready") == ["renewed"]
+    assert queue.reap() == {job: "requeued"}
+
+
 def test_progress_starts_again_with_the_next_attempt(queue: Queue) -> None:
     job = queue.submit()
     worker = queue.worker()

@@ -196,7 +196,7 @@ class Jobs(RuleBasedStateMachine):
         if speaks:
             assert word in ("renewed", "adopted", "cancel")
             model.comes_back()
-            model.state, model.on_device = JobStatus.PROCESSING, False
+            model.state = JobStatus.PROCESSING  # and on the device if it was: an attempt never goes back a stage
         else:
             assert word not in ("renewed", "adopted", "cancel")
 

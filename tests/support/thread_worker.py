@@ -49,6 +49,11 @@ class Gate:
         self.on_call(latents)
 
 
+def stage_threads() -> list[str]:
+    """Threads of workers that still live."""
+    return [thread.name for thread in threading.enumerate() if thread.name in ("fetch", "device", "leases")]
+
+
 class ThreadWorker:
     """Runs a worker inside the `with` block."""
 

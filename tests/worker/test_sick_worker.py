@@ -13,7 +13,7 @@ from broker_config import keys
 from broker_config.errors import BlobStoreUnknown, DecodeFailed, OutOfMemory
 from broker_config.settings import Settings
 from producer import DecodeClient, JobHandle, JobStatus
-from tests.support.thread_worker import ThreadWorker
+from tests.support.thread_worker import ThreadWorker, stage_threads
 from tests.support.wait import wait_until
 from worker import device_stage, fetch_stage
 from worker.decode_worker import EXIT_BROKEN
@@ -68,6 +68,7 @@ def test_a_job_that_breaks_every_device_fails_and_the_one_behind_it_is_unmarked(
             assert running.status == EXIT_BROKEN
         assert deadly.status() is JobStatus.PROCESSING  # left to its lease
         assert behind.status() is JobStatus.QUEUED
+        assert stage_threads() == []  # though nobody takes the batch that is ready any more
         ends.append(reap(client, deadly))
     assert ends == ["crashed"] * (settings.max_crashes - 1) + ["failed"]
     assert deadly.snapshot().crash_count == settings.max_crashes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import redis
 from pydantic import SecretStr
@@ -15,7 +13,7 @@ from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.settings import Settings
 from producer import DecodeClient, JobHandle, JobStatus
 from tests.support.faulty_proxy import FaultyProxy
-from tests.support.thread_worker import ThreadWorker
+from tests.support.thread_worker import ThreadWorker, stage_threads
 from tests.support.wait import wait_until
 
 
@@ -141,4 +139,4 @@ def test_rq_sees_the_worker_come_work_and_leave(client: DecodeClient, settings: 
         job.wait(60)
         wait_until(lambda: admin.hget(key, "state") == b"idle", what="RQ to show it idle")
     assert admin.smembers("rq:workers") == set()
-    assert not [thread for thread in threading.enumerate() if thread.name in ("fetch", "device", "leases")]
+    assert stage_threads() == []
