@@ -21,6 +21,7 @@ Schema (`latentq:` is our prefix, `rq:` RQ's own, which `RQ_KEY_PREFIX` may chan
                                       small VAE
     latentq:leases            zset    job id → end of its lease, ms          member goes when the job leaves processing
     latentq:retention         zset    job id → end of its retention, ms      member goes when the janitor retires it
+    latentq:submitted         zset    job id → ms at which it was accepted   member goes when the janitor retires it
     latentq:deadlines         zset    job id → start deadline, ms            member goes when the job ends, or when the
                                                                              janitor finds the time past
     latentq:parked            zset    job id → schema_version it needs       member goes when a newer worker takes it
@@ -91,6 +92,7 @@ class Priority(StrEnum):
 
 LEASES = PREFIX + "leases"
 RETENTION = PREFIX + "retention"
+SUBMITTED = PREFIX + "submitted"
 DEADLINES = PREFIX + "deadlines"
 PARKED = PREFIX + "parked"
 TOTALS = PREFIX + "totals"

@@ -3,7 +3,7 @@
 -- no moment at which one of them is ahead. Times are ms by the broker's clock.
 local P, RQ = '{{prefix}}', '{{rq}}'
 local TOTALS, LEASES, RETENTION = P .. 'totals', P .. 'leases', P .. 'retention'
-local DEADLINES = P .. 'deadlines'
+local DEADLINES, SUBMITTED = P .. 'deadlines', P .. 'submitted'
 local OUTBOX, RECEIVERS = P .. 'outbox', P .. 'receivers'
 local announce, webhook_ended -- outbox.lua
 

@@ -10,6 +10,7 @@ for _, id in ipairs(ids) do
   local rec = record(id)
   if rec and rec.state ~= 'queued' and rec.state ~= 'processing' then
     call('ZREM', RETENTION, id)
+    call('ZREM', SUBMITTED, id)
     if rec.state ~= 'expired' then
       own(rec.blob, id, nil)
       if rec.result then
@@ -31,6 +32,7 @@ for _, id in ipairs(ids) do
     end
   elseif not rec then
     call('ZREM', RETENTION, id)
+    call('ZREM', SUBMITTED, id)
   end
 end
 return count

@@ -37,6 +37,7 @@ call('HSET', job, unpack(values))
 local rq_values = {}
 for i = 8 + fields, #ARGV do rq_values[#rq_values + 1] = ARGV[i] end
 call('HSET', rq_job, unpack(rq_values))
+call('ZADD', SUBMITTED, now, id)
 call('SADD', RQ .. 'queues', RQ .. 'queue:' .. rec.rq_queue)
 call('RPUSH', RQ .. 'queue:' .. rec.rq_queue, id)
 if rec.deadline_ms then call('ZADD', DEADLINES, rec.deadline_ms, id) end

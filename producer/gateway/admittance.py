@@ -29,8 +29,10 @@ CSRF_HEADER: Final = "X-CSRF-Token"
 #: A look at a key or a session is a round trip or two, for each stream.
 _READMIT_S: Final = 3.0
 _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
-#: Set by proxies: then "from this machine" says nothing.
-_PROXY_HEADERS: Final = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP")
+#: Set by proxies, as are those that begin with X-Forwarded-: then "from this machine" says nothing.
+_PROXY_HEADERS: Final = frozenset(
+    {"forwarded", "via", "x-real-ip", "x-client-ip", "cf-connecting-ip", "true-client-ip"}
+)
 
 
 def check_origin(request: web.Request, reach: Reach, *, linked: bool = False) -> None:
@@ -42,13 +44,18 @@ def check_origin(request: web.Request, reach: Reach, *, linked: bool = False) ->
         linked: it brings a signed link. That is what lets it in, no cookie and no address, so a page may show it.
 
     Raises:
-        BadRequest: not one Host header.
+        BadRequest: not one Host header, or a target with another host.
         WrongHost: a name that is not ours.
         NotAllowed: another site's page sent it.
     """
     hosts = request.headers.getall("Host", ())
     if len(hosts) != 1:
         raise BadRequest(f"the request has {len(hosts)} Host headers, expected one")
+    target = request.raw_path
+    if (
+        not target.startswith(("/", "*")) and _netloc(target) != hosts[0].lower()
+    ):  # it counts, not Host (RFC 9112, 3.2.2)
+        raise BadRequest("the request's target and its Host header name two hosts")
     host = _hostname(hosts[0])
     if not _is_ours(host, reach):
         raise WrongHost(
@@ -86,7 +93,7 @@ async def identify(request: web.Request, gateway: Gateway) -> Identity:
         ):
             raise NotAllowed(f"a session must send its {CSRF_HEADER}, which GET /session says")
         return Identity(key=session.key, via="session", csrf=session.csrf)
-    if gateway.reach.needs_key or any(name in request.headers for name in _PROXY_HEADERS):
+    if gateway.reach.needs_key or _came_by_proxy(request):
         raise NotAuthenticated()
     return LOCAL
 
@@ -137,10 +144,14 @@ def _token(header: str) -> tuple[str, str]:
     raise NotAuthenticated("the Authorization header is neither Bearer nor Basic")
 
 
-def _netloc(origin: str) -> str:
-    """Host and port of an origin; empty: it is none."""
+def _came_by_proxy(request: web.Request) -> bool:
+    return any(name.lower() in _PROXY_HEADERS or name.lower().startswith("x-forwarded-") for name in request.headers)
+
+
+def _netloc(url: str) -> str:
+    """Host and port of a URL or an origin; empty: it is none."""
     try:
-        return urlsplit(origin).netloc.lower()
+        return urlsplit(url).netloc.lower()
     except ValueError:
         return ""
 

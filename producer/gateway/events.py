@@ -36,7 +36,7 @@ async def events(request: web.Request) -> web.StreamResponse:
                 await door.check()
                 job, position = await gateway.lookout.look(job_id)
                 if not previewed and job.request is not None and job.request.preview is not None:
-                    previewed = await _show_preview(gateway, stream, job_id)
+                    previewed = await _show_preview(gateway, stream, job_id, shown_as=identity.shown(job_id))
                 shown = show_job(job, identity, position=position).model_dump_json()
                 if shown != last:
                     await stream.send(job.status, shown)
@@ -53,11 +53,11 @@ async def events(request: web.Request) -> web.StreamResponse:
         return stream.response
 
 
-async def _show_preview(gateway: Gateway, stream: EventStream, job_id: str) -> bool:
-    """Sends the preview, if there is one by now."""
+async def _show_preview(gateway: Gateway, stream: EventStream, job_id: str, *, shown_as: str) -> bool:
+    """Sends the preview, if there is one by now. `shown_as`: what the one who watches calls the job."""
     jpeg = await gateway.client.run(gateway.client.store.preview, job_id)
     if jpeg is None:
         return False
-    shown = {"id": job_id, "content_type": "image/jpeg", "data": base64.b64encode(jpeg).decode()}
+    shown = {"id": shown_as, "content_type": "image/jpeg", "data": base64.b64encode(jpeg).decode()}
     await stream.send("preview", json.dumps(shown))
     return True

@@ -30,6 +30,8 @@ _CURSOR = re.compile(r"(\d{1,15})-([A-Za-z0-9_-]{1,64})")
 #: Entries of a key's list looked at for one page: a filter that fits few jobs must not read all of them.
 _LOOKED_AT: Final = 1000
 _CHUNK: Final = 200
+#: The same of everyone's jobs, in pages of `JobList`, for the newest of a state.
+_PAGES: Final = 4
 #: A submit is on the list before it is accepted, and its latents may take their time to the store of large blobs.
 _UNDER_WAY_S: Final = 3600.0
 
@@ -50,13 +52,11 @@ def page_of(
     before = _before(cursor)
     store = gateway.client.store
     if identity.sees_all:
-        rows = gateway.operations.jobs.newest(status=status, vae=vae, limit=limit + 1, before=before)
-        ids = [row.job_id for row in rows[:limit]]
-        more = len(rows) > limit
-        last = f"{rows[limit - 1].submitted_ms}-{rows[limit - 1].job_id}" if more else None
-        return Page(jobs=list(store.find(ids).values()), cursor=last)
+        page = gateway.operations.jobs.page(status=status, vae=vae, limit=limit, before=before)
+        jobs = list(store.find([row.job_id for row in page.rows]).values())
+        return Page(jobs=jobs, cursor=page.before and f"{page.before[0]}-{page.before[1]}")
     assert identity.key is not None
-    jobs: list[JobSnapshot] = []
+    jobs = []
     for chunk in _chunks(store, identity.key, before):
         for entry, job in chunk:
             before = entry
@@ -74,7 +74,8 @@ def newest(gateway: Gateway, identity: Identity, limits: Mapping[JobStatus, int]
     """The newest jobs in these states that this identity may see, at most so many of each."""
     store = gateway.client.store
     if identity.sees_all:
-        rows = {status: gateway.operations.jobs.newest(status=status, limit=limit) for status, limit in limits.items()}
+        listed = gateway.operations.jobs
+        rows = {status: listed.newest(status=status, limit=limit, pages=_PAGES) for status, limit in limits.items()}
         return {status: list(store.find([row.job_id for row in found]).values()) for status, found in rows.items()}
     assert identity.key is not None
     found: dict[JobStatus, list[JobSnapshot]] = {status: [] for status in limits}

@@ -89,6 +89,8 @@ async def wait_on(request: web.Request) -> web.StreamResponse:
     hop = read("hop", request.query.get("hop", "1"), whole, "a whole number")
     reply = Reply(form=form, base64=request.query.get("base64") == "1", image=request.query.get("image", "png"))
     job = await jobs.find(gateway, identity, request.match_info["id"])
+    if job.request is not None and not reply.is_of(job.request.output):
+        raise InvalidOption(f"form is {form!r}, but the job makes {job.request.output}", field="form")
     return await answer(gateway, identity, request, job, reply=reply, vae=job.vae, hop=hop)
 
 

@@ -33,6 +33,7 @@ REPLIES: Final[Mapping[str, str | None]] = {
     "unit": "uint8",
 }
 
+_PICTURES: Final = ("png", "jpg", "webp")
 #: Encoded in a millisecond, during which no other thread runs; three bytes are four characters.
 _BASE64_PIECE_BYTES: Final = 3 << 18
 
@@ -51,6 +52,10 @@ class Reply:
     def output(self, rank: int) -> str:
         """`output` of the job. `rank`: dimensions of its latents."""
         return REPLIES[self.form] or self.image
+
+    def is_of(self, output: str) -> bool:
+        """Whether it can be made of what a job with this `output` leaves."""
+        return output in _PICTURES if REPLIES[self.form] is None else output == REPLIES[self.form]
 
     def held_bytes(self, result: DecodeResult) -> int:
         """How much memory making it takes, about: what is read, and what is made of it."""

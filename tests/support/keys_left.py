@@ -8,7 +8,7 @@ import redis
 
 #: Keys without TTL that broker_config/keys.py documents, and RQ's own indexes.
 _OWNED = re.compile(
-    rb"latentq:(leases|retention|deadlines|parked|totals|paused|stores|keys|tally:.+|external:.+|doomed:.+"
+    rb"latentq:(leases|retention|submitted|deadlines|parked|totals|paused|stores|keys|tally:.+|external:.+|doomed:.+"
     rb"|outbox|receivers|due:.+|sending:.+|stopped|dead-letters|webhook-counts)"
     rb"|rq:(queues|workers|workers:.+|queue:.+|wip:.+|finished:.+|failed:.+|canceled:.+|clean_registries:.+)"
 )
