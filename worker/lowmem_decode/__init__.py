@@ -2,7 +2,7 @@
 
 from worker.lowmem_decode.decoder import decode, largest_bytes, supports, working_bytes
 from worker.lowmem_decode.low_memory_vae import LowMemoryVae
-from worker.lowmem_decode.structure import UnsupportedStructure
+from worker.lowmem_decode.structure_checks import UnsupportedStructure
 
 __all__ = [
     # decoding

@@ -5,12 +5,14 @@ A step refers to the modules it runs; it holds no weights of its own. Costs are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from worker.lowmem_decode.row_conv import Kernel, ShuffledConv3x3, UpsampledConv3x3
+from worker.lowmem_decode.clip_conv import UpsampledClipConv
+from worker.lowmem_decode.row_conv import Conv3x3, Kernel, ShuffledConv3x3, UpsampledConv3x3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +57,7 @@ class Resnet:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
-    """Self-attention over all pixels, with a GroupNorm before it."""
+    """Self-attention over all pixels, of a clip those of its own and of earlier frames; with a GroupNorm before it."""
 
     norm: Any | None
     #: Products with matrices over the channels: `Linear` layers, or 1×1 convolutions.
@@ -90,11 +92,53 @@ class Upsample:
         """Channels of the result."""
         return int(self.conv.out_channels) // (1 if self.kind == "nearest" else 4)
 
+    @property
+    def repeats_pixels(self) -> bool:
+        """Whether the plain decode has the repeated pixels as an activation."""
+        return self.kind == "nearest"
+
+    @property
+    def taps(self) -> int:
+        """Multiplications for each pixel and channel of the input."""
+        return (4 if self.kind == "nearest" else 9) * 4 * self.channels
+
+    def grown(self, inner: tuple[int, ...]) -> tuple[int, ...]:
+        """A row of the result, without channels, for one of the input."""
+        return (inner[0] * 2,)
+
     def kernel(self) -> Kernel:
         """What runs it."""
         if self.kind == "nearest":
             return UpsampledConv3x3(self.conv)
         return ShuffledConv3x3(self.conv, repeats=self.repeats)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipUpsample:
+    """Twice the rows and columns of a clip, and of all its frames but the first if `twice_the_frames`; convolved."""
+
+    conv: Any
+    twice_the_frames: bool
+    repeats_pixels = True
+
+    @property
+    def channels(self) -> int:
+        """Channels of the result."""
+        return int(self.conv.out_channels)
+
+    @property
+    def taps(self) -> int:
+        """Multiplications for each pixel and channel of the input."""
+        return (64 if self.twice_the_frames else 48) * self.channels
+
+    def grown(self, inner: tuple[int, ...]) -> tuple[int, ...]:
+        """A row of the result, without channels, for one of the input."""
+        frames, width = inner
+        return (2 * frames - 1 if self.twice_the_frames else frames), 2 * width
+
+    def kernel(self) -> Kernel:
+        """What runs it."""
+        return UpsampledClipConv(self.conv, twice_the_frames=self.twice_the_frames)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,22 +154,33 @@ class Head:
         return int(self.conv.out_channels)
 
 
-Step = Resnet | Attention | Upsample
+Upsampling = Upsample | ClipUpsample
+Step = Resnet | Attention | Upsampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Program:
+class Parts:
     """A decoder, step by step."""
 
     entry: Entry
     steps: tuple[Step, ...]
     head: Head
+    #: What runs a convolution of it.
+    kernel: Callable[[Any], Kernel] = Conv3x3
+    #: Whether it decodes clips: activations are (H, T, W, C).
+    is_clip: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """A decoder and its weights."""
+
+    parts: Parts
     dtype: torch.dtype
     device: torch.device
     latent_channels: int
 
 
-def groups_of(step: Step | Head) -> int | None:
-    """Groups of the GroupNorm a step begins with; None if it begins with none."""
-    norm = step.norm1 if isinstance(step, Resnet) else None if isinstance(step, Upsample) else step.norm
-    return None if norm is None else int(norm.num_groups)
+def norm_of(step: Step | Head) -> Any | None:
+    """The GroupNorm a step begins with; None if it begins with none."""
+    return step.norm1 if isinstance(step, Resnet) else None if isinstance(step, Upsampling) else step.norm
