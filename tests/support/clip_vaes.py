@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLMochi
 
 
 def hunyuan_video(**config: Any) -> Any:
@@ -21,10 +21,38 @@ def hunyuan_video(**config: Any) -> Any:
     return autoencoder(**{**defaults, **config})
 
 
+def mochi(**config: Any) -> Any:
+    """An AutoencoderKLMochi; diffusers fixes 32 groups for its norms."""
+    autoencoder: Any = AutoencoderKLMochi
+    defaults = {
+        "encoder_block_out_channels": (32, 32, 32, 32),
+        "decoder_block_out_channels": (32, 32, 64, 64),
+        "layers_per_block": (1, 1, 1, 1, 1),
+        "latent_channels": 4,
+    }
+    return autoencoder(**{**defaults, **config})
+
+
+def cogvideox(**config: Any) -> Any:
+    """An AutoencoderKLCogVideoX; the widest activation is the last upsample's, as in the real one."""
+    autoencoder: Any = AutoencoderKLCogVideoX
+    defaults = {
+        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+        "block_out_channels": (8, 16, 16, 32),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+    }
+    return autoencoder(**{**defaults, **config})
+
+
 #: By class, and what is special about them.
 CLIP_FAMILIES: Mapping[str, Callable[[], Any]] = {
     "hunyuan_video": hunyuan_video,
     "hunyuan_video_without_attention": lambda: hunyuan_video(mid_block_add_attention=False),
+    "mochi": mochi,
+    "cogvideox": cogvideox,
 }
 
 

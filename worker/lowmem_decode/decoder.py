@@ -2,24 +2,30 @@
 
 What comes back is what the module's own untiled decode would return, up to the order in which floating-point numbers
 are added: see docs/decode-speed.md for the differences measured. Items of a batch are decoded one after the other.
-HunyuanVideo's clips are decoded in tiles of time, as its own decode does: the activations are those of one tile.
+Clips are decoded in the pieces of time that `decode_plan` says: the activations are those of one piece.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
 
-from worker.lowmem_decode.arrangement import Arrangement, arrange, largest_activation, result_size
+from worker.lowmem_decode.arrangement import Arrangement, result_size
+from worker.lowmem_decode.decode_plan import (
+    frames_dropped,
+    frames_made,
+    largest_of_plain,
+    pixels_made,
+    plan_decode,
+)
+from worker.lowmem_decode.frame_caches import FrameCaches
 from worker.lowmem_decode.host_memory import expect_strips, give_back
 from worker.lowmem_decode.item_decode import ItemDecode
-from worker.lowmem_decode.steps import Program
 from worker.lowmem_decode.structure import read
 from worker.lowmem_decode.structure_checks import UnsupportedStructure
-from worker.time_tiles import blended_tiles, tile_spans
+from worker.time_groups import blended_tiles
 
 #: What a decode takes on a CPU besides its activations: oneDNN's and the BLAS's own buffers, code they generate.
 _ASIDE_BYTES: Final = 16 << 20
@@ -64,7 +70,7 @@ def decode(
     """
     run = _Run(module, z, lean=lean, strip_rows=strip_rows, on_progress=on_progress)
     with torch.inference_mode():
-        picture = run.room(z)
+        picture = run.picture(z)
         for item, out in zip(torch.split(z, 1), torch.split(picture, 1), strict=True):
             run.into(item, out)
         return picture
@@ -84,7 +90,7 @@ def stream(module: Any, z: torch.Tensor, *, lean: bool = False) -> Iterator[torc
     Raises:
         Exception: as `decode`.
     """
-    return _Run(module, z, lean=lean, strip_rows=None, on_progress=None).groups(z)
+    return _Run(module, z, lean=lean, streaming=True).groups(z)
 
 
 def working_bytes(module: Any, shape: Sequence[int], dtype: torch.dtype, *, lean: bool = False) -> int:
@@ -97,72 +103,59 @@ def working_bytes(module: Any, shape: Sequence[int], dtype: torch.dtype, *, lean
         lean: as in `decode`.
     """
     program = read(module)
-    arrangements = [
-        arrange(program, height=shape[-2], inner=inner, lean=lean, strip_rows=None)
-        for inner in _inners(module, program, shape)
-    ]
-    held = max(arrangement.peak_bytes for arrangement in arrangements)
-    picture = shape[0] * program.parts.head.channels * _pixels(program, shape)
-    return int((held / program.dtype.itemsize + picture) * dtype.itemsize)
+    held = plan_decode(module, program, shape, lean=lean).peak_bytes / program.dtype.itemsize
+    picture = shape[0] * program.parts.head.channels * pixels_made(module, program, shape)
+    return int((held + picture) * dtype.itemsize)
 
 
 def largest_bytes(module: Any, shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Bytes of the largest activation of one item of these latents."""
-    program = read(module)
-    inners = _inners(module, program, shape)
-    return max(largest_activation(program, height=shape[-2], inner=inner) for inner in inners) * dtype.itemsize
-
-
-def _inners(module: Any, program: Program, shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """A row, without channels, of what is decoded at once: of latents of this shape, or of each tile of them."""
-    if not program.parts.is_clip:
-        return [(shape[3],)]
-    return [(end - start, shape[4]) for start, end in tile_spans(module, shape[2])]
-
-
-def _pixels(program: Program, shape: Sequence[int]) -> int:
-    """Pixels of all frames of one item."""
-    height, inner = result_size(program, height=shape[-2], inner=(*shape[2:-2], shape[-1]))
-    return height * math.prod(inner)
+    """Bytes of the largest activation of one item of these latents, as the module's own decode makes it."""
+    return largest_of_plain(module, read(module), shape) * dtype.itemsize
 
 
 class _Run:
     """The decodes of one call."""
 
     def __init__(
-        self, module: Any, z: torch.Tensor, *, lean: bool, strip_rows: int | None, on_progress: OnProgress | None
+        self,
+        module: Any,
+        z: torch.Tensor,
+        *,
+        lean: bool,
+        strip_rows: int | None = None,
+        on_progress: OnProgress | None = None,
+        streaming: bool = False,
     ) -> None:
         self._module = module
         self._program = program = read(module)
-        clip = program.parts.is_clip
-        if z.ndim != 4 + clip or z.shape[1] != program.latent_channels or not z.numel():
-            wanted = f"(B, {program.latent_channels}, {'f, ' if clip else ''}h, w)"
+        self._is_clip = program.parts.is_clip
+        if z.ndim != 4 + self._is_clip or z.shape[1] != program.latent_channels or not z.numel():
+            wanted = f"(B, {program.latent_channels}, {'f, ' if self._is_clip else ''}h, w)"
             raise ValueError(f"latents of shape {tuple(z.shape)} are not {wanted}")
         if z.dtype != program.dtype or z.device != program.device:
             raise ValueError(f"latents are {z.dtype} on {z.device}, the VAE is {program.dtype} on {program.device}")
         if strip_rows is not None and strip_rows < 1:
             raise ValueError(f"strip_rows={strip_rows} is not at least 1")
-        inners = _inners(module, program, z.shape)
-        self._arrangements = {
-            inner: arrange(program, height=z.shape[-2], inner=inner, lean=lean, strip_rows=strip_rows)
-            for inner in inners
-        }
-        total = sum(sum(self._arrangements[inner].costs) for inner in inners)
-        self._progress = _Progress(total * len(z), on_progress)
+        self._plan = plan_decode(module, program, z.shape, lean=lean, strip_rows=strip_rows, streaming=streaming)
+        inners = [(end - start, z.shape[4]) if self._is_clip else (z.shape[3],) for start, end in self._plan.spans]
+        self._progress = _Progress(self._plan.cost(inners) * len(z), on_progress)
         self._on_host = z.device.type == "cpu"
         if self._on_host:
-            _probe(max(arrangement.peak_bytes for arrangement in self._arrangements.values()))
-            expect_strips(max(arrangement.strip_bytes for arrangement in self._arrangements.values()))
+            _probe(self._plan.peak_bytes)
+            expect_strips(self._plan.strip_bytes)
 
-    def room(self, z: torch.Tensor) -> torch.Tensor:
-        """Where what these latents, or a tile of them, become is to lie."""
-        height, inner = result_size(self._program, height=z.shape[-2], inner=(*z.shape[2:-2], z.shape[-1]))
-        return z.new_empty(len(z), self._program.parts.head.channels, *inner[:-1], height, inner[-1])
+    def picture(self, z: torch.Tensor) -> torch.Tensor:
+        """Where what these latents become is to lie."""
+        out = self._room(z)
+        if self._is_clip:
+            frames = frames_made(self._module, self._program, z.shape)
+            return out if out.shape[2] == frames else z.new_empty(*out.shape[:2], frames, *out.shape[3:])
+        return out
 
     def into(self, item: torch.Tensor, out: torch.Tensor) -> None:
         """Decodes one item (1, …) into `out`."""
-        if not self._program.parts.is_clip:
-            self._item(item, out)
+        if not self._is_clip:
+            self._piece(item, out, None)
             return
         first = 0
         for frames in self.groups(item):
@@ -171,18 +164,33 @@ class _Run:
 
     def groups(self, item: torch.Tensor) -> Iterator[torch.Tensor]:
         """The frames of one clip (1, C, f, h, w), in groups."""
-        return blended_tiles(self._module, item, self._tile)
+        if self._program.parts.over_time == "tiles":
+            yield from blended_tiles(self._module, item, lambda tile: self._decoded(tile, None))
+            return
+        caches = FrameCaches() if self._plan.cached else None
+        for start, end in self._plan.spans:
+            if caches is not None:
+                caches.keeps = end < item.shape[2]
+            made = self._decoded(item[:, :, start:end], caches)
+            if start == 0:
+                made = made[:, :, frames_dropped(self._module, made.shape[2]) :]
+            yield made
+            del made
 
-    def _tile(self, part: torch.Tensor) -> torch.Tensor:
+    def _room(self, part: torch.Tensor) -> torch.Tensor:
+        height, inner = result_size(self._program, height=part.shape[-2], inner=(*part.shape[2:-2], part.shape[-1]))
+        return part.new_empty(len(part), self._program.parts.head.channels, *inner[:-1], height, inner[-1])
+
+    def _decoded(self, part: torch.Tensor, caches: FrameCaches | None) -> torch.Tensor:
         with torch.inference_mode():
-            out = self.room(part)
-            self._item(part, out)
+            out = self._room(part)
+            self._piece(part, out, caches)
             return out
 
-    def _item(self, item: torch.Tensor, out: torch.Tensor) -> None:
-        arrangement = self._arrangements[(*item.shape[2:-2], item.shape[-1])]
+    def _piece(self, part: torch.Tensor, out: torch.Tensor, caches: FrameCaches | None) -> None:
+        arrangement = self._plan.arrangements[(*part.shape[2:-2], part.shape[-1])]
         tick = self._progress.of(arrangement)
-        ItemDecode(self._program, arrangement, tick).run(item[0], out[0])
+        ItemDecode(self._program, arrangement, tick, caches=caches).run(part[0], out[0])
         if self._on_host:
             give_back()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,25 +12,33 @@ import torch.nn.functional as F
 from worker.lowmem_decode.activation import Activation, Recomputed, Stored, convolved
 from worker.lowmem_decode.arrangement import Arrangement
 from worker.lowmem_decode.attention import run_attention
-from worker.lowmem_decode.group_norm import Affine, GroupStatistics, normalise
+from worker.lowmem_decode.conditioned_norm import ConditionedPass
+from worker.lowmem_decode.frame_caches import FrameCaches
+from worker.lowmem_decode.group_norm import GroupStatistics, normalise
 from worker.lowmem_decode.host_memory import give_back
-from worker.lowmem_decode.resnet import ResnetRun
-from worker.lowmem_decode.row_conv import rows_of
-from worker.lowmem_decode.steps import Entry, Head, Program, Resnet, Step, Upsampling, norm_of
+from worker.lowmem_decode.resnet import Norm, ResnetRun
+from worker.lowmem_decode.row_conv import Kernel, rows_of
+from worker.lowmem_decode.steps import Entry, Head, Program, Resnet, SpatialNorm, Step, Upsampling, norm_of
 
 #: Told that so much of a step is done, on top of what was: (step, share).
 Tick = Callable[[int, float], None]
 
 
 class ItemDecode:
-    """One item."""
+    """One item, or a group of a clip's frames."""
 
-    def __init__(self, program: Program, arrangement: Arrangement, tick: Tick) -> None:
+    def __init__(
+        self, program: Program, arrangement: Arrangement, tick: Tick, *, caches: FrameCaches | None = None
+    ) -> None:
         """Args:
         program: the decoder.
         arrangement: of latents of this size.
         tick: told of progress.
+        caches: what convolutions remember of the group before; None: this is all of the clip.
         """
+        self._caches = caches
+        #: What is entered, (h, t, w, C) of a clip.
+        self._latents = torch.empty(0)
         self._program = program
         self._parts = program.parts
         self._arrangement = arrangement
@@ -41,6 +50,8 @@ class ItemDecode:
         following = (*self._parts.steps[1:], self._parts.head)
         statistics = self._read_through(now, self._parts.steps[0])
         for number, (step, after) in enumerate(zip(self._parts.steps, following, strict=True)):
+            if self._caches is not None:
+                self._caches.step()
             if self._program.device.type == "cpu":
                 give_back()
             norm = norm_of(after)
@@ -63,16 +74,29 @@ class ItemDecode:
                 self._tick(number, 1.0)
             statistics = gathered
         statistics = statistics or self._read_through(now, self._parts.head)
-        assert statistics is not None
-        self._leave(now, statistics.affine(self._parts.head.norm), picture)
+        self._leave(now, statistics, picture)
+        if self._caches is not None:
+            self._caches.step()
 
     def _gather(self, norm: Any) -> GroupStatistics:
-        return GroupStatistics(int(norm.num_groups))
+        base = norm.norm if isinstance(norm, SpatialNorm) else norm
+        return GroupStatistics(int(base.num_groups), per_frame=self._parts.per_frame)
+
+    def _norm(self, norm: Any, statistics: GroupStatistics, now: Activation) -> Norm:
+        """A norm with the statistics of `now`."""
+        if isinstance(norm, SpatialNorm):
+            conditioned, latents = statistics.affine(norm.norm), self._latents
+            return lambda: ConditionedPass(norm, conditioned, latents, height=now.height, inner=now.inner)
+        affine = statistics.affine(norm)
+        return lambda: lambda strip, room: normalise(strip, affine, out=room)
+
+    def _kernel(self, conv: Any, now: Activation) -> Kernel:
+        """What runs a convolution over `now`."""
+        past = None if self._caches is None else self._caches.of(conv, height=now.height)
+        return self._parts.kernel(conv, past)
 
     def _rows(self, now: Activation, channels: int) -> int:
-        row = 1
-        for size in now.inner:
-            row *= size
+        row = math.prod(now.inner)
         itemsize = self._program.dtype.itemsize
         return self._arrangement.rows(row=row, channels=max(now.channels, channels), itemsize=itemsize)
 
@@ -83,9 +107,15 @@ class ItemDecode:
             rows = latent.permute(2, 1, 3, 0).contiguous()
             if entry.before is not None:
                 rows = F.linear(rows, entry.before.weight.flatten(1), entry.before.bias)
-            kernel, whole = self._parts.kernel(entry.conv), Stored(rows)
-            strips = convolved(kernel, whole, whole.height, write=lambda strip, room: room.copy_(strip))
+            self._latents = rows
+            if entry.conv is None:
+                return rows
+            whole = Stored(rows)
+            strips = convolved(
+                self._kernel(entry.conv, whole), whole, whole.height, write=lambda strip, room: room.copy_(strip)
+            )
             return torch.cat(list(strips)).contiguous()
+        assert entry.conv is not None
         image = latent[None]
         if entry.before is not None:
             image = F.conv2d(image, entry.before.weight, entry.before.bias)
@@ -110,9 +140,10 @@ class ItemDecode:
         height = now.height
         return ResnetRun(
             block=block,
-            first=statistics.affine(block.norm1),
+            first=self._norm(block.norm1, statistics, now),
             gather=self._gather,
-            kernel=self._parts.kernel,
+            norm=self._norm,
+            kernel=lambda conv: self._kernel(conv, now),
             rows=self._rows(now, block.hidden_channels),
             keep_hidden=self._arrangement.stores[number],
             tick=lambda rows: self._tick(number, rows / (2 * height)),
@@ -133,16 +164,21 @@ class ItemDecode:
             self._tick(number, len(strip) / result.height)
         return Stored(out)
 
-    def _leave(self, now: Activation, affine: Affine, picture: torch.Tensor) -> None:
-        made = convolved(
-            self._parts.kernel(self._parts.head.conv),
-            now,
-            self._rows(now, now.channels),
-            write=lambda strip, room: normalise(strip, affine, out=room),
-        )
+    def _leave(self, now: Activation, statistics: GroupStatistics | None, picture: torch.Tensor) -> None:
+        head = self._parts.head
+        write: Callable[[torch.Tensor, torch.Tensor], object]
+        if statistics is None:
+            write = _silu
+        else:
+            write = self._norm(head.norm, statistics, now)()
+        made = convolved(self._kernel(head.conv, now), now, self._rows(now, now.channels), write=write)
         # 3, T, H, W → H, T, W, 3
         rows = picture.permute(2, 1, 3, 0) if self._parts.is_clip else picture.permute(1, 2, 0)
         top = 0
         for strip in made:
             rows[top : top + len(strip)] = strip
             top += len(strip)
+
+
+def _silu(strip: torch.Tensor, room: torch.Tensor) -> None:
+    F.silu(room.copy_(strip), inplace=True)

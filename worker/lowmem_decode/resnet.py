@@ -16,9 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from worker.lowmem_decode.activation import Activation, RowQueue, Stored, convolved
-from worker.lowmem_decode.group_norm import Affine, GroupStatistics, normalise
+from worker.lowmem_decode.group_norm import GroupStatistics
 from worker.lowmem_decode.row_conv import Kernel
 from worker.lowmem_decode.steps import Resnet
+
+
+#: Begins a pass over an activation: what it gives writes the normalised rows of a strip, and SiLU of them, to a room.
+Norm = Callable[[], Callable[[torch.Tensor, torch.Tensor], None]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +31,11 @@ class ResnetRun:
 
     block: Resnet
     #: The first norm, with the statistics of the input.
-    first: Affine
+    first: Norm
     #: Statistics for a norm, yet to be filled.
     gather: Callable[[Any], GroupStatistics]
+    #: A norm, with the statistics of an activation.
+    norm: Callable[[Any, GroupStatistics, Activation], Norm]
     #: What runs a convolution.
     kernel: Callable[[Any], Kernel]
     #: Rows of a strip.
@@ -57,18 +63,24 @@ class ResnetRun:
             statistics.add(strip)
             done += len(strip)
             self.tick(len(strip))
-        return self._second_pass(source, hidden, statistics.affine(self.block.norm2), after)
+        return self._second_pass(source, hidden, statistics, after)
 
     def _hidden(self, source: Activation, *, seen: Callable[[torch.Tensor], None] | None) -> Iterator[torch.Tensor]:
+        normalise = self.first()
+
         def write(strip: torch.Tensor, room: torch.Tensor) -> None:
             if seen is not None:
                 seen(strip)
-            normalise(strip, self.first, out=room)
+            normalise(strip, room)
 
         return convolved(self.kernel(self.block.conv1), source, self.rows, write=write)
 
     def _second_pass(
-        self, source: Activation, hidden: torch.Tensor | None, second: Affine, after: GroupStatistics | None
+        self,
+        source: Activation,
+        hidden: torch.Tensor | None,
+        statistics: GroupStatistics,
+        after: GroupStatistics | None,
     ) -> Stored:
         stored = source.tensor if isinstance(source, Stored) else None
         if hidden is not None:
@@ -83,7 +95,7 @@ class ResnetRun:
             self.kernel(self.block.conv2),
             middle,
             self.rows,
-            write=lambda strip, room: normalise(strip, second, out=room),
+            write=self.norm(self.block.norm2, statistics, middle)(),
         )
         top = 0
         for strip in made:

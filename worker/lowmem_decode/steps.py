@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from worker.lowmem_decode.clip_conv import UpsampledClipConv
+from worker.lowmem_decode.clip_conv import FramewiseUpsampledConv, Unfolded, UpsampledClipConv
+from worker.lowmem_decode.frame_caches import Past
 from worker.lowmem_decode.row_conv import Conv3x3, Kernel, ShuffledConv3x3, UpsampledConv3x3
 
 
@@ -21,20 +22,38 @@ class Entry:
 
     #: A 1×1 convolution before everything, if there is one.
     before: Any | None
-    #: 3×3.
-    conv: Any
+    #: 3×3; None: `before` is all there is.
+    conv: Any | None
     #: How often each latent channel is repeated and added to the result; 0: not at all.
     repeats: int = 0
 
     @property
     def channels(self) -> int:
         """Channels of the result."""
-        return int(self.conv.out_channels)
+        return int((self.before if self.conv is None else self.conv).out_channels)  # type: ignore[union-attr]
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int((self.conv if self.before is None else self.before).in_channels)  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpatialNorm:
+    """A GroupNorm whose result is multiplied by one product of the latents, and another added."""
+
+    norm: Any
+    #: 1×1×1.
+    scale: Any
+    shift: Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resnet:
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x through a 1×1 convolution where the channels change."""
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x through a 1×1 convolution where the channels change.
+
+    Norms are GroupNorms, or each a `SpatialNorm`.
+    """
 
     norm1: Any
     conv1: Any
@@ -142,19 +161,75 @@ class ClipUpsample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Head:
-    """The last GroupNorm, SiLU and convolution: to pixels."""
+class FramewiseUpsample:
+    """Twice the rows and columns of a clip's frames, each convolved by itself; the frames twice if `compress_time`."""
 
-    norm: Any
     conv: Any
+    compress_time: bool
+    repeats_pixels = True
 
     @property
     def channels(self) -> int:
         """Channels of the result."""
         return int(self.conv.out_channels)
 
+    @property
+    def taps(self) -> int:
+        """Multiplications for each pixel and channel of the input."""
+        return 16 * self.channels
 
-Upsampling = Upsample | ClipUpsample
+    def grown(self, inner: tuple[int, ...]) -> tuple[int, ...]:
+        """A row of the result, without channels, for one of the input."""
+        frames, width = inner
+        return (2 * frames - frames % 2 if self.compress_time and frames > 1 else frames), 2 * width
+
+    def kernel(self) -> Kernel:
+        """What runs it."""
+        return FramewiseUpsampledConv(self.conv, compress_time=self.compress_time)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unfold:
+    """Channels become frames, twice the rows and twice the columns, after a product with a matrix."""
+
+    linear: Any
+    frames: int
+    repeats_pixels = False
+
+    @property
+    def channels(self) -> int:
+        """Channels of the result."""
+        return int(self.linear.out_features) // (self.frames * 4)
+
+    @property
+    def taps(self) -> int:
+        """Multiplications for each pixel and channel of the input."""
+        return int(self.linear.out_features)
+
+    def grown(self, inner: tuple[int, ...]) -> tuple[int, ...]:
+        """A row of the result, without channels, for one of the input."""
+        frames, width = inner
+        return frames * self.frames, 2 * width
+
+    def kernel(self) -> Kernel:
+        """What runs it."""
+        return Unfolded(self.linear, frames=self.frames, rows=2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """The last norm, if there is one, SiLU and convolution or product with a matrix: to pixels."""
+
+    norm: Any | None
+    conv: Any
+
+    @property
+    def channels(self) -> int:
+        """Channels of the result."""
+        return int(self.conv.weight.shape[0])
+
+
+Upsampling = Upsample | ClipUpsample | FramewiseUpsample | Unfold
 Step = Resnet | Attention | Upsampling
 
 
@@ -165,10 +240,15 @@ class Parts:
     entry: Entry
     steps: tuple[Step, ...]
     head: Head
-    #: What runs a convolution of it.
-    kernel: Callable[[Any], Kernel] = Conv3x3
+    #: What runs a convolution of it, which may remember frames of the group before.
+    kernel: Callable[[Any, Past | None], Kernel]
     #: Whether it decodes clips: activations are (H, T, W, C).
     is_clip: bool = False
+    #: Whether norms take each frame by itself.
+    per_frame: bool = False
+    #: How a clip is decoded: in blended tiles of time; in groups of frames that remember those before; at once, though
+    #: groups would give the same.
+    over_time: Literal["tiles", "groups", "causal"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,6 +261,12 @@ class Program:
     latent_channels: int
 
 
+def picture_kernel(conv: Any, past: Past | None) -> Kernel:
+    """What runs a convolution of a picture's decoder."""
+    assert past is None
+    return Conv3x3(conv)
+
+
 def norm_of(step: Step | Head) -> Any | None:
-    """The GroupNorm a step begins with; None if it begins with none."""
+    """The norm a step begins with; None if it begins with none."""
     return step.norm1 if isinstance(step, Resnet) else None if isinstance(step, Upsampling) else step.norm

@@ -15,7 +15,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Final
 
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLHunyuanImage, AutoencoderKLHunyuanVideo
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLFlux2,
+    AutoencoderKLHunyuanImage,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLMochi,
+)
 from diffusers.models.autoencoders import autoencoder_kl_hunyuanimage as hunyuan
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
@@ -23,8 +30,19 @@ from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, UpDecoderBlock
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from worker.lowmem_decode.clip_structure import read_hunyuan_video
-from worker.lowmem_decode.steps import Attention, Entry, Head, Parts, Program, Resnet, Step, Upsample
+from worker.lowmem_decode.clip_structure import read_cogvideox, read_hunyuan_video, read_mochi
+from worker.lowmem_decode.steps import (
+    Attention,
+    Entry,
+    Head,
+    Parts,
+    Program,
+    Resnet,
+    SpatialNorm,
+    Step,
+    Upsample,
+    picture_kernel,
+)
 from worker.lowmem_decode.structure_checks import (
     UnsupportedStructure,
     drops,
@@ -57,9 +75,7 @@ def read(vae: Any) -> Program:
     require(len(_met(parts) & {id(p) for p in parameters}) == len(parameters), "it has further parameters")
     require(len({(p.dtype, p.device) for p in parameters}) == 1, "its parameters differ in dtype or device")
     require(first.device.type != "meta", "its weights are not loaded")
-    entry = parts.entry
-    channels = int(entry.conv.in_channels if entry.before is None else entry.before.in_channels)
-    return Program(parts=parts, dtype=first.dtype, device=first.device, latent_channels=channels)
+    return Program(parts=parts, dtype=first.dtype, device=first.device, latent_channels=parts.entry.latent_channels)
 
 
 # AutoencoderKL and its kin ------------------------------------------------------------------------------
@@ -87,7 +103,10 @@ def _read_kl(vae: Any) -> Parts:
         norm=group_norm(decoder.conv_norm_out, "conv_norm_out"), conv=plain_conv(decoder.conv_out, 3, "conv_out")
     )
     return Parts(
-        entry=Entry(before=before, conv=plain_conv(decoder.conv_in, 3, "conv_in")), steps=tuple(steps), head=head
+        entry=Entry(before=before, conv=plain_conv(decoder.conv_in, 3, "conv_in")),
+        steps=tuple(steps),
+        head=head,
+        kernel=picture_kernel,
     )
 
 
@@ -136,7 +155,7 @@ def _read_hunyuan_image(vae: Any) -> Parts:
             steps.append(_hunyuan_resnet(block, where))
     entry = Entry(before=None, conv=plain_conv(decoder.conv_in, 3, "conv_in"), repeats=int(decoder.repeat))
     head = Head(norm=group_norm(decoder.norm_out, "norm_out"), conv=plain_conv(decoder.conv_out, 3, "conv_out"))
-    return Parts(entry=entry, steps=tuple(steps), head=head)
+    return Parts(entry=entry, steps=tuple(steps), head=head, kernel=picture_kernel)
 
 
 def _hunyuan_resnet(block: Any, where: str) -> Resnet:
@@ -168,7 +187,9 @@ _READERS: Final[Mapping[type, Callable[[Any], Parts]]] = {
     AutoencoderKL: _read_kl,
     AutoencoderKLFlux2: _read_kl,
     AutoencoderKLHunyuanImage: _read_hunyuan_image,
+    AutoencoderKLCogVideoX: read_cogvideox,
     AutoencoderKLHunyuanVideo: read_hunyuan_video,
+    AutoencoderKLMochi: read_mochi,
 }
 
 
@@ -176,4 +197,5 @@ def _met(parts: Parts) -> set[int]:
     """Identities of the parameters of the modules the steps refer to."""
     every = (parts.entry, *parts.steps, parts.head)
     values = [getattr(step, field.name) for step in every for field in fields(step)]
+    values += [part for norm in values if isinstance(norm, SpatialNorm) for part in (norm.norm, norm.scale, norm.shift)]
     return {id(parameter) for value in values if isinstance(value, nn.Module) for parameter in value.parameters()}

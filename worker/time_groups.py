@@ -1,9 +1,12 @@
-"""HunyuanVideo's way over a clip: tiles of a few latent frames that overlap, decoded apart and blended.
+"""Which latent frames of a clip a VAE decodes together, where those are not all.
 
-diffusers decodes so by default, since the GroupNorms take their statistics over all frames they are given: the tiles
-are the VAE's own, not a compromise. Here each tile's frames go out as soon as the next tile cannot change them.
+CogVideoX decodes groups of two one after the other. HunyuanVideo decodes tiles of a few latent frames that overlap,
+apart, and blends them: diffusers does so by default, since the GroupNorms take their statistics over all frames they
+are given, so the tiles are the VAE's own and no compromise. Here each tile's frames go out as soon as the next tile
+cannot change them.
 
-Source: diffusers autoencoder_kl_hunyuan_video.py `AutoencoderKLHunyuanVideo._temporal_tiled_decode`, `_decode`.
+Sources: diffusers autoencoder_kl_cogvideox.py `AutoencoderKLCogVideoX._decode`, autoencoder_kl_hunyuan_video.py
+`AutoencoderKLHunyuanVideo._temporal_tiled_decode`, `_decode`.
 """
 
 from __future__ import annotations
@@ -12,6 +15,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+
+def group_spans(vae: Any, latent_frames: int) -> list[tuple[int, int]]:
+    """Latent frames of each of an AutoencoderKLCogVideoX's groups: what is left over goes with the first."""
+    size = vae.num_latent_frames_batch_size
+    count, rest = max(latent_frames // size, 1), latent_frames % size
+    return [
+        (size * number + (rest if number else 0), min(size * (number + 1) + rest, latent_frames))
+        for number in range(count)
+    ]
 
 
 def is_tiled(vae: Any, latent_frames: int) -> bool:
