@@ -3,9 +3,11 @@
 Rows take the place of depth in the convolution that torch is given, so a window of rows is channels_last_3d as it lies.
 The frames before a frame, and the columns beside the first and the last, stand in the window itself. The frames are
 those of the group before, or the first frame repeated; the columns, and the rows above and below, are zeros or repeat
-the edge, as diffusers pads them. A nearest-neighbour upsample before a convolution is folded into it as `UpsampledConv3x3` does,
-over time as well, where the first frame stays one: frame 2k-1 and frame 2k of its result both repeat frame k, so two
-taps of three fall on one frame. CogVideoX convolves its upsampled frames one by one, so they are repeated afterwards.
+the edge, as diffusers pads them.
+
+A nearest-neighbour upsample before a convolution is folded into it as `UpsampledConv3x3` does, over time as well, where
+the first frame stays one: frame 2k-1 and frame 2k of its result both repeat frame k, so two taps of three fall on one
+frame. CogVideoX convolves its upsampled frames one by one, so they are repeated afterwards.
 
 Sources: diffusers autoencoder_kl_hunyuan_video.py `HunyuanVideoCausalConv3d`, `HunyuanVideoUpsampleCausal3D`,
 autoencoder_kl_cogvideox.py `CogVideoXCausalConv3d` (Mochi's has pad_mode "replicate"), upsampling.py

@@ -2,8 +2,8 @@
 
 A picture, and a clip of a VAE that decodes it at once, is one piece. HunyuanVideo's tiles and CogVideoX's groups are as
 diffusers makes them. Mochi's norms take each frame by itself and its convolutions see only earlier frames, so a latent
-frame at a time gives what the clip at once gives; convolutions then remember two frames each, which is more than a short
-clip has, so whichever takes less is chosen.
+frame at a time gives what the clip at once gives; convolutions then remember two frames each, which is more than a
+short clip has, so whichever takes less is chosen.
 """
 
 from __future__ import annotations
@@ -136,8 +136,10 @@ def frames_dropped(module: Any, frames: int) -> int:
 
     Source: diffusers autoencoder_kl_mochi.py `AutoencoderKLMochi._decode`.
     """
-    ratio = int(getattr(module, "temporal_compression_ratio", 1))
-    return ratio - 1 if getattr(module, "drop_last_temporal_frames", False) and frames >= ratio else 0
+    if not getattr(module, "drop_last_temporal_frames", False):
+        return 0
+    ratio = int(module.temporal_compression_ratio)
+    return ratio - 1 if frames >= ratio else 0
 
 
 def pixels_made(module: Any, program: Program, shape: Sequence[int]) -> int:

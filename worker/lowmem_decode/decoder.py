@@ -76,6 +76,11 @@ def decode(
         return picture
 
 
+def can_stream(module: Any) -> bool:
+    """Whether `stream` takes this module: one that decodes clips."""
+    return read(module).parts.is_clip
+
+
 def stream(module: Any, z: torch.Tensor, *, lean: bool = False) -> Iterator[torch.Tensor]:
     """The frames of `decode(module, z)` for one clip, in groups, each as soon as it is there.
 

@@ -167,10 +167,7 @@ class ItemDecode:
     def _leave(self, now: Activation, statistics: GroupStatistics | None, picture: torch.Tensor) -> None:
         head = self._parts.head
         write: Callable[[torch.Tensor, torch.Tensor], object]
-        if statistics is None:
-            write = _silu
-        else:
-            write = self._norm(head.norm, statistics, now)()
+        write = _silu if statistics is None else self._norm(head.norm, statistics, now)()
         made = convolved(self._kernel(head.conv, now), now, self._rows(now, now.channels), write=write)
         # 3, T, H, W → H, T, W, 3
         rows = picture.permute(2, 1, 3, 0) if self._parts.is_clip else picture.permute(1, 2, 0)

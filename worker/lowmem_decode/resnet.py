@@ -20,7 +20,6 @@ from worker.lowmem_decode.group_norm import GroupStatistics
 from worker.lowmem_decode.row_conv import Kernel
 from worker.lowmem_decode.steps import Resnet
 
-
 #: Begins a pass over an activation: what it gives writes the normalised rows of a strip, and SiLU of them, to a room.
 Norm = Callable[[], Callable[[torch.Tensor, torch.Tensor], None]]
 
