@@ -160,8 +160,14 @@ class BatchDecoder:
             for work in works:
                 work.decoded_by |= {"upcast": "float32", "upcast_from": before}
 
+        by_frames = len(works) == 1 and works[0].request.output is not Output.TENSOR
         chunks = finite_chunks(
-            on_rung(vae.module, how.rung), latents, plan, items_per_call=how.items_per_call, on_upcast=note
+            on_rung(vae.module, how.rung),
+            latents,
+            plan,
+            items_per_call=how.items_per_call,
+            by_frames=by_frames,
+            on_upcast=note,
         )
         with contextlib.closing(chunks):  # weights that were widened go back before anybody else decodes
             if len(works) > 1:

@@ -11,11 +11,12 @@ import queue
 from collections.abc import Callable, Sequence
 
 from broker_config.errors import OutOfMemory
-from broker_config.messages import Kind
+from broker_config.messages import DecodeRequest, Kind
 from worker import lowmem_decode
 from worker.attempts import AttemptReporter
 from worker.batch_decode import BatchDecoder
 from worker.fetch_stage import Batch
+from worker.frame_stream import frames_at_once
 from worker.leases import LeaseKeeper
 from worker.memory_ladder import (
     How,
@@ -143,7 +144,7 @@ class DeviceStage:
         guess = first_guess(vae.module.config, device=vae.device, dtype=vae.dtype)
         fits = items_that_fit(
             bytes_per_px=self.memory.bytes_per_px(vae.entry.name, dtype=vae.dtype, guess=guess),
-            pixels_per_item=request.pixels // request.batch,
+            pixels_per_item=_pixels_at_once(vae, request),
             free=free_bytes(vae.device),
         )
         plain = How(rung=Rung.PLAIN, items_per_call=request.batch)
@@ -201,6 +202,11 @@ class DeviceStage:
         )
         if how.rung not in (Rung.PLAIN, Rung.SPLIT):
             return None  # the other rungs take less, and would make the plain one look small
-        pixels = works[0].request.pixels // works[0].request.batch * how.items_per_call
+        pixels = _pixels_at_once(vae, works[0].request) * how.items_per_call
         self.memory.learn(vae.entry.name, dtype=vae.dtype, pixels=pixels, used_bytes=meter.used_bytes)
         return None
+
+
+def _pixels_at_once(vae: LoadedVae, request: DecodeRequest) -> int:
+    """Pixels of one item of a job that are activations at the same time: of a clip, those of some of its frames."""
+    return request.height * request.width * frames_at_once(vae.module, request.num_frames)

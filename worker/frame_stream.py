@@ -2,7 +2,8 @@
 
 diffusers' own `decode` keeps every frame, and some append each group to all before it, so their memory grows with the
 clip and their copies with the square of it. The steps here are the same, in the same order and on the same state; so
-are the bits. Why the other video VAEs are not here: docs/decode-speed.md.
+are the bits. The low-memory decoder hands out frames likewise. Why the other video VAEs are not here:
+docs/decode-speed.md.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from typing import Any, Final
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
+from worker.lowmem_decode import LowMemoryVae
+from worker.time_groups import blended_tiles, group_spans
+
 Groups = Generator[torch.Tensor, None, None]
 
 
 def can_stream(vae: Any) -> bool:
-    """Whether `stream_frames` knows this VAE, as it is set up: tiles are decoded over the whole clip."""
+    """Whether `stream_frames` knows this VAE, as it is set up: tiles of a frame are decoded over the whole clip."""
+    if isinstance(vae, LowMemoryVae):
+        return vae.can_stream
     return type(vae).__name__ in _STREAMS and not vae.use_tiling
 
 
@@ -34,6 +40,17 @@ def stream_frames(vae: Any, latents: torch.Tensor) -> Groups:
         (1, 3, n, H, W), in order.
     """
     return _STREAMS[type(vae).__name__](vae, latents)
+
+
+def frames_at_once(vae: Any, frames: int) -> int:
+    """Frames of a clip of so many that are activations at the same time, at most.
+
+    Args:
+        vae: any.
+        frames: of the clip.
+    """
+    own = _AT_ONCE.get(type(vae).__name__)
+    return frames if own is None else min(frames, own(vae))
 
 
 def _wan(vae: Any, latents: torch.Tensor) -> Groups:
@@ -62,12 +79,9 @@ def _cogvideox(vae: Any, latents: torch.Tensor) -> Groups:
 
     Source: models/autoencoders/autoencoder_kl_cogvideox.py `AutoencoderKLCogVideoX._decode`.
     """
-    size = vae.num_latent_frames_batch_size
-    groups, rest = max(latents.shape[2] // size, 1), latents.shape[2] % size
     cache = None
-    for number in range(groups):
-        start = size * number + (rest if number else 0)
-        part = latents[:, :, start : size * (number + 1) + rest]
+    for start, end in group_spans(vae, latents.shape[2]):
+        part = latents[:, :, start:end]
         if vae.post_quant_conv is not None:
             part = vae.post_quant_conv(part)
         decoded, cache = vae.decoder(part, conv_cache=cache)
@@ -90,9 +104,32 @@ def _magvit(vae: Any, latents: torch.Tensor) -> Groups:
         vae._clear_conv_cache()
 
 
+def _hunyuan_video(vae: Any, latents: torch.Tensor) -> Groups:
+    """Tiles of a few latent frames, blended.
+
+    Source: models/autoencoders/autoencoder_kl_hunyuan_video.py `AutoencoderKLHunyuanVideo._decode`.
+    """
+    yield from blended_tiles(vae, latents, lambda tile: vae.decoder(vae.post_quant_conv(tile)))
+
+
+def _low_memory(vae: Any, latents: torch.Tensor) -> Groups:
+    """As the low-memory decoder makes them: a tile of HunyuanVideo, a group of CogVideoX, a latent frame of Mochi."""
+    yield from vae.stream(latents)
+
+
 #: Classes whose decode is such a loop, of diffusers 0.42.
 _STREAMS: Final[Mapping[str, Callable[[Any, torch.Tensor], Groups]]] = {
     "AutoencoderKLWan": _wan,
     "AutoencoderKLCogVideoX": _cogvideox,
+    "AutoencoderKLHunyuanVideo": _hunyuan_video,
     "AutoencoderKLMagvit": _magvit,
+    "LowMemoryVae": _low_memory,
+}
+
+#: Frames of one group, or of one tile before it is cut, of classes whose own decode makes them one after the other.
+_AT_ONCE: Final[Mapping[str, Callable[[Any], int]]] = {
+    "AutoencoderKLCogVideoX": lambda vae: int(vae.num_sample_frames_batch_size) + 1,
+    "AutoencoderKLHunyuanVideo": lambda vae: (
+        int(vae.tile_sample_min_num_frames) + 1 if vae.use_framewise_decoding else 1 << 30
+    ),
 }

@@ -137,9 +137,9 @@ def test_attention_over_chunks_of_queries_is_attention() -> None:
 def lowmem_decode_attention(block: Any, rows: torch.Tensor) -> torch.Tensor:
     from worker.lowmem_decode.attention import run_attention
     from worker.lowmem_decode.group_norm import GroupStatistics
-    from worker.lowmem_decode.structure import _attention
+    from worker.lowmem_decode.structure_checks import self_attention
 
-    step = _attention(block, "attention")
+    step = self_attention(block, "attention")
     assert step.norm is not None
     statistics = GroupStatistics(step.norm.num_groups)
     statistics.add(rows)

@@ -19,10 +19,11 @@ _GIVE_BACK_EVERY: Final = 8
 
 
 class Activation(Protocol):
-    """An activation of one item, (H, W, C)."""
+    """An activation of one item, (H, W, C), or (H, T, W, C) of a clip."""
 
     height: int
-    width: int
+    #: A row, without channels: (W,) or (T, W).
+    inner: tuple[int, ...]
     channels: int
 
     def strips(self, rows: int) -> Iterator[torch.Tensor]:
@@ -39,7 +40,8 @@ class Stored:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        self.height, self.width, self.channels = tensor.shape
+        self.height, *inner, self.channels = tensor.shape
+        self.inner = tuple(inner)
 
     def strips(self, rows: int) -> Iterator[torch.Tensor]:
         yield from torch.split(self.tensor, rows)
@@ -51,11 +53,11 @@ class Stored:
 class Recomputed:
     """The upsample of a stored activation, computed each time it is read."""
 
-    def __init__(self, low: Stored, kernel: Kernel) -> None:
+    def __init__(self, low: Stored, kernel: Kernel, *, inner: tuple[int, ...]) -> None:
         self.low = low
         self._kernel = kernel
         self.height = low.height * kernel.factor
-        self.width = low.width * kernel.factor
+        self.inner = inner
         self.channels = kernel.out_channels
 
     def strips(self, rows: int) -> Iterator[torch.Tensor]:
@@ -112,7 +114,7 @@ def convolved(
     seen = 0
     for number, strip in enumerate(source.strips(rows), start=1):
         if conv is None:
-            conv = RowConv(kernel, strip, width=source.width, most_rows=source.most_rows(rows))
+            conv = RowConv(kernel, strip, inner=source.inner, most_rows=source.most_rows(rows))
             on_host = strip.device.type == "cpu"
         count = len(strip)
         write(strip, conv.room(count))

@@ -10,13 +10,14 @@ down here: each choice is the cheapest one that stays inside the budget.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from worker.lowmem_decode.attention import query_chunk
 from worker.lowmem_decode.group_norm import scratch_elements
-from worker.lowmem_decode.steps import Attention, Program, Resnet, Step, Upsample
+from worker.lowmem_decode.steps import Attention, Program, Resnet, Step, Upsampling
 
 #: Working memory over the largest activation: what mode 1 and the lean mode may take.
 _BUDGET: Final = 1.6
@@ -35,8 +36,32 @@ class Place:
 
     step: Step
     height: int
-    width: int
+    #: A row, without channels.
+    inner: tuple[int, ...]
     channels: int
+
+    @property
+    def row(self) -> int:
+        """Pixels of a row."""
+        return math.prod(self.inner)
+
+    @property
+    def window_row(self) -> int:
+        """Pixels of a row of a convolution's window."""
+        return self.row if len(self.inner) == 1 else (self.inner[0] + 2) * (self.inner[1] + 2)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the input."""
+        return self.height * self.row
+
+    def result_row(self) -> int:
+        """Pixels of a row of the result."""
+        return math.prod(self.step.grown(self.inner)) if isinstance(self.step, Upsampling) else self.row
+
+    def result_height(self) -> int:
+        """Rows of the result."""
+        return self.height * 2 if isinstance(self.step, Upsampling) else self.height
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,47 +81,56 @@ class Arrangement:
     #: Multiplications of each step, those done again included.
     costs: tuple[float, ...]
 
-    def rows(self, *, width: int, channels: int, itemsize: int) -> int:
-        """Rows of a strip of an activation."""
-        return self.strip_rows or max(1, self.strip_bytes // (width * channels * itemsize))
+    def rows(self, *, row: int, channels: int, itemsize: int) -> int:
+        """Rows of a strip of an activation whose rows have so many pixels."""
+        return self.strip_rows or max(1, self.strip_bytes // (row * channels * itemsize))
 
 
-def places(program: Program, *, height: int, width: int) -> list[Place]:
+def places(program: Program, *, height: int, inner: tuple[int, ...]) -> list[Place]:
     """Each step with the sizes of its input, for latents of this size."""
     found = []
-    channels = program.entry.channels
-    for step in program.steps:
-        found.append(Place(step=step, height=height, width=width, channels=channels))
-        if isinstance(step, Upsample):
-            height, width = height * 2, width * 2
+    channels = program.parts.entry.channels
+    for step in program.parts.steps:
+        found.append(Place(step=step, height=height, inner=inner, channels=channels))
+        if isinstance(step, Upsampling):
+            height, inner = height * 2, step.grown(inner)
         channels = step.channels
     return found
 
 
-def largest_activation(program: Program, *, height: int, width: int) -> int:
+def result_size(program: Program, *, height: int, inner: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Rows, and a row without channels, of what latents of this size become."""
+    for step in program.parts.steps:
+        if isinstance(step, Upsampling):
+            height, inner = height * 2, step.grown(inner)
+    return height, inner
+
+
+def largest_activation(program: Program, *, height: int, inner: tuple[int, ...]) -> int:
     """Elements of the largest activation of one item, as the plain decode makes it."""
-    largest = height * width * program.entry.channels
-    for place in places(program, height=height, width=width):
-        grown = 4 if isinstance(place.step, Upsample) else 1
-        channels = max(place.channels, place.step.channels) if grown == 1 else place.step.channels
-        if isinstance(place.step, Upsample) and place.step.kind == "nearest":
-            channels = max(channels, place.channels)  # the repeated pixels
-        largest = max(largest, place.height * place.width * grown * channels)
+    largest = height * math.prod(inner) * program.parts.entry.channels
+    for place in places(program, height=height, inner=inner):
+        channels = place.step.channels
+        if not isinstance(place.step, Upsampling) or place.step.repeats_pixels:
+            channels = max(channels, place.channels)  # of an upsample: the repeated pixels
+        largest = max(largest, place.result_height() * place.result_row() * channels)
     return largest
 
 
-def arrange(program: Program, *, height: int, width: int, lean: bool, strip_rows: int | None) -> Arrangement:
+def arrange(
+    program: Program, *, height: int, inner: tuple[int, ...], lean: bool, strip_rows: int | None
+) -> Arrangement:
     """Chooses what is stored for latents of this size.
 
     Args:
         program: the decoder.
         height: rows of the latents.
-        width: columns of the latents.
+        inner: a row of the latents, without channels: (w,) or (t, w).
         lean: whether the smaller budget holds.
         strip_rows: rows of every strip; None: by size.
     """
     itemsize = program.dtype.itemsize
-    largest = largest_activation(program, height=height, width=width) * itemsize
+    largest = largest_activation(program, height=height, inner=inner) * itemsize
     strip_bytes = max(1, largest // _STRIPS)
     if program.device.type == "cpu":
         strip_bytes = min(strip_bytes, _STRIP_CPU_BYTES)
@@ -109,7 +143,7 @@ def arrange(program: Program, *, height: int, width: int, lean: bool, strip_rows
         costs=(),
     )
     budget = int(largest * (_LEAN_BUDGET if lean else _BUDGET))
-    where = places(program, height=height, width=width)
+    where = places(program, height=height, inner=inner)
     stores: list[bool] = []
     costs: list[float] = []
     peak = 0
@@ -135,7 +169,7 @@ def _groups(where: list[Place]) -> Iterator[list[Place]]:
     number = 0
     while number < len(where):
         pair = where[number : number + 2]
-        together = len(pair) == 2 and isinstance(pair[0].step, Upsample) and isinstance(pair[1].step, Resnet)
+        together = len(pair) == 2 and isinstance(pair[0].step, Upsampling) and isinstance(pair[1].step, Resnet)
         yield pair if together else pair[:1]
         number += 2 if together else 1
 
@@ -143,7 +177,7 @@ def _groups(where: list[Place]) -> Iterator[list[Place]]:
 def _choices(group: list[Place]) -> list[tuple[bool, ...]]:
     if isinstance(group[0].step, Attention):
         return [(True,)]
-    if len(group) == 1 and isinstance(group[0].step, Upsample):
+    if len(group) == 1 and isinstance(group[0].step, Upsampling):
         return [(True,)]
     return list(itertools.product((True, False), repeat=len(group)))
 
@@ -161,12 +195,12 @@ class _Way:
         first, last = group[0], group[-1]
         itemsize = program.dtype.itemsize
         if isinstance(first.step, Attention):
-            tokens = first.height * first.width
+            tokens = first.pixels
             chunk = query_chunk(tokens, device=program.device, score_bytes=draft.score_bytes)
             scores = 0 if program.device.type == "cpu" else 8 * tokens * chunk
             cost = 4.0 * tokens * first.channels**2 + 2.0 * tokens**2 * first.channels
             return cls(stores=stores, bytes=7 * tokens * first.channels * itemsize + scores, costs=(cost,))
-        upsample = first if isinstance(first.step, Upsample) else None
+        upsample = first if isinstance(first.step, Upsampling) else None
         block = last if isinstance(last.step, Resnet) else None
         held = 0
         costs: list[float] = []
@@ -184,21 +218,20 @@ class _Way:
 def _upsample(place: Place, draft: Arrangement, itemsize: int, *, stored: bool) -> tuple[int, float]:
     """Bytes while it is run (or first read), and multiplications of one run."""
     step = place.step
-    assert isinstance(step, Upsample)
-    low = place.height * place.width
-    taps = 4 * 4 * step.channels if step.kind == "nearest" else 9 * 4 * step.channels
-    held = low * place.channels + (4 * low * step.channels if stored else 0)
-    return held * itemsize + _upsample_strips(place, draft, itemsize), float(low * place.channels * taps)
+    assert isinstance(step, Upsampling)
+    made = place.result_height() * place.result_row() * step.channels
+    held = place.pixels * place.channels + (made if stored else 0)
+    cost = float(place.pixels * place.channels * step.taps)
+    return held * itemsize + _upsample_strips(place, draft, itemsize), cost
 
 
 def _upsample_strips(place: Place, draft: Arrangement, itemsize: int) -> int:
     """Bytes of the strips an upsample holds."""
-    step = place.step
-    width, channels = place.width * 2, step.channels
-    rows = min(draft.rows(width=width, channels=channels, itemsize=itemsize), place.height * 2) + 2
-    low = (rows // 2 + 3) * place.width * place.channels
+    row, channels = place.result_row(), place.step.channels
+    rows = min(draft.rows(row=row, channels=channels, itemsize=itemsize), place.height * 2) + 2
+    low = (rows // 2 + 3) * place.window_row * place.channels
     # the strip itself, and the convolution's result before it is spread over it
-    return (low + rows * width * channels * 2) * itemsize
+    return (low + rows * row * channels * 2) * itemsize
 
 
 def _resnet(
@@ -208,21 +241,23 @@ def _resnet(
     step = place.step
     assert isinstance(step, Resnet)
     itemsize = program.dtype.itemsize
-    pixels = place.height * place.width
+    pixels, row = place.pixels, place.row
     hidden, out = step.hidden_channels, step.channels
-    held = again.height * again.width * again.channels if again is not None else pixels * place.channels
+    held = again.pixels * again.channels if again is not None else pixels * place.channels
     if keep_hidden:
         held += pixels * hidden
     elif again is not None or step.shortcut is not None:
         held += pixels * out
-    rows = draft.rows(width=place.width, channels=max(place.channels, hidden), itemsize=itemsize)
+    rows = draft.rows(row=row, channels=max(place.channels, hidden), itemsize=itemsize)
     rows = min(rows, place.height) + 3
-    first = rows * place.width * (place.channels + 2 * hidden)
-    second = rows * place.width * (hidden + 2 * out)
+    first = rows * (place.window_row * place.channels + 2 * row * hidden)
+    second = rows * (place.window_row * hidden + 2 * row * out)
     strips = max(first, second) if keep_hidden else first + second
     if again is not None:
-        strips += rows * place.width * place.channels * (1 if keep_hidden else 2)
-    scratch = 4 * 2 * min(rows * place.width * place.channels, scratch_elements(program.device))
+        strips += rows * row * place.channels * (1 if keep_hidden else 2)
+    piece = max(row * place.channels, min(rows * row * place.channels, scratch_elements(program.device)))
+    scratch = 4 * 2 * piece
     extra = _upsample_strips(again, draft, itemsize) if again is not None else 0
-    cost = 9.0 * pixels * hidden * (place.channels * (1 if keep_hidden else 2) + out)
+    taps = float(step.conv1.weight.shape[2:].numel())
+    cost = taps * pixels * hidden * (place.channels * (1 if keep_hidden else 2) + out)
     return (held + strips) * itemsize + scratch + extra, cost

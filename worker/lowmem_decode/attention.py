@@ -1,5 +1,8 @@
 """Self-attention of the mid-block: over the whole frame, its queries in chunks.
 
+Of a clip, over the frame and those before it: then the queries of a frame are a chunk, and the frames after it are left
+out of the keys instead of being masked.
+
 A query's result does not depend on the other queries, so chunks change nothing but the memory of the scores, where
 torch makes them at all: its CPU kernel does not, and on CUDA no fused kernel takes the 512 channels of one head.
 """
@@ -23,32 +26,36 @@ def run_attention(block: Attention, rows: torch.Tensor, *, affine: Affine | None
 
     Args:
         block: its weights.
-        rows: (H, W, C).
+        rows: (H, W, C), or (H, T, W, C) of a clip.
         affine: the norm before it, with the statistics of `rows`; None if there is none.
         score_bytes: memory the scores of one chunk may take.
 
     Returns:
-        (H, W, C), `rows` itself overwritten if it is added to the result.
+        Its shape, `rows` itself overwritten if it is added to the result.
 
-    Source: diffusers attention_processor.py `AttnProcessor2_0`.
+    Source: diffusers attention_processor.py `AttnProcessor2_0`; autoencoder_kl_hunyuan_video.py
+    `prepare_causal_attention_mask`.
     """
-    height, width, channels = rows.shape
     normed = rows
     if affine is not None:
         normed = torch.empty_like(rows)
         normalise(rows, affine, out=normed, silu=False)
-    tokens = normed.reshape(1, height * width, channels)
+    frames = normed[:, None] if rows.ndim == 3 else normed
+    # H, T, W, C → 1, T·H·W, C
+    tokens = frames.transpose(0, 1).reshape(1, -1, rows.shape[-1])
     query, key, value = (
         _split(_project(layer, tokens), block.heads) for layer in (block.query, block.key, block.value)
     )
-    del normed, tokens
-    chunk = query_chunk(height * width, device=rows.device, score_bytes=score_bytes // block.heads)
-    attended = torch.cat(
-        [F.scaled_dot_product_attention(part, key, value) for part in torch.split(query, chunk, dim=2)], dim=2
-    )
-    # 1, heads, L, C / heads → H, W, C
-    merged = attended.transpose(1, 2).reshape(height, width, -1)
-    out = _project(block.out, merged)
+    height, count, width, _ = frames.shape
+    del normed, tokens, frames
+    chunk = query_chunk(query.shape[2], device=rows.device, score_bytes=score_bytes // block.heads)
+    attended = []
+    for end in range(height * width, query.shape[2] + 1, height * width):
+        for part in torch.split(query[:, :, end - height * width : end], chunk, dim=2):
+            attended.append(F.scaled_dot_product_attention(part, key[:, :, :end], value[:, :, :end]))
+    # 1, heads, L, C / heads → T, H, W, C → H, T, W, C
+    merged = torch.cat(attended, dim=2).transpose(1, 2).reshape(count, height, width, -1).transpose(0, 1)
+    out = _project(block.out, merged).reshape(rows.shape)
     if block.residual:
         out = rows.add_(out)
     return out if block.scale == 1.0 else out.div_(block.scale)

@@ -1,9 +1,9 @@
 """GroupNorm over an activation that is seen a few rows at a time.
 
-Mean and variance are those of the whole activation. Each piece gives its own mean and its own sum of squared
-deviations, in float32 and in two passes; the pieces are merged by Chan, Golub and LeVeque's formula (Updating formulae
-and a pairwise algorithm for computing sample variances, 1979), in float64 where the device has it. No term cancels, and
-nothing is left out: neither the variance between the pieces' means, nor a padding pixel put in.
+Mean and variance are those of the whole activation, or of each frame of it. Each piece gives its own mean and its own
+sum of squared deviations, in float32 and in two passes; the pieces are merged by Chan, Golub and LeVeque's formula
+(Updating formulae and a pairwise algorithm for computing sample variances, 1979), in float64 where the device has it.
+No term cancels, and nothing is left out: neither the variance between the pieces' means, nor a padding pixel put in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _PIECE_ELSEWHERE: Final = 1 << 21
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Affine:
-    """A GroupNorm whose statistics are known: y = x · scale + shift, for each channel, in float32."""
+    """A GroupNorm whose statistics are known: y = x · scale + shift, in float32.
+
+    Both are (C,), or (T, 1, C) where each frame has its own statistics.
+    """
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -31,21 +34,27 @@ class Affine:
 class GroupStatistics:
     """Mean and variance of the groups of channels of one activation."""
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, groups: int, *, per_frame: bool = False) -> None:
+        """Args:
+        groups: of channels.
+        per_frame: whether each frame of a clip has statistics of its own.
+        """
         self._groups = groups
+        self._per_frame = per_frame
         self._counts: list[int] = []
         self._means: list[torch.Tensor] = []
         self._squares: list[torch.Tensor] = []
 
     def add(self, rows: torch.Tensor) -> None:
-        """Takes in rows (h, W, C) that were not seen yet."""
+        """Takes in rows (h, W, C) or (h, T, W, C) that were not seen yet."""
         channels = rows.shape[-1]
         per_group = channels // self._groups
+        over = (0, 2) if self._per_frame else tuple(range(rows.ndim - 1))
         for piece in pieces(rows):
-            count = piece.shape[0] * piece.shape[1] * per_group
-            mean = piece.sum((0, 1), dtype=torch.float32).view(self._groups, per_group).sum(1) / count
-            centred = piece - mean.repeat_interleave(per_group)  # float32, whatever the activation is
-            squares = centred.square_().sum((0, 1)).view(self._groups, per_group).sum(1)
+            count = piece.numel() // self._groups // (piece.shape[1] if self._per_frame else 1)
+            mean = self._by_group(piece.sum(over, dtype=torch.float32)) / count
+            centred = piece - self._by_channel(mean, per_group)  # float32, whatever the activation is
+            squares = self._by_group(centred.square_().sum(over))
             self._counts.append(count)
             self._means.append(mean)
             self._squares.append(squares)
@@ -57,16 +66,25 @@ class GroupStatistics:
         """
         device = self._means[0].device
         wide = torch.float32 if device.type == "mps" else torch.float64
-        counts = torch.tensor(self._counts, dtype=wide, device=device)[:, None]
         means = torch.stack(self._means).to(wide)
+        counts = torch.tensor(self._counts, dtype=wide, device=device).view(-1, *[1] * (means.ndim - 1))
         total = counts.sum()
         mean = (means * counts).sum(0) / total
         between = ((means - mean).square() * counts).sum(0)
         variance = (torch.stack(self._squares).to(wide).sum(0) + between) / total
         per_group = norm.num_channels // self._groups
-        scale = (variance + norm.eps).rsqrt().repeat_interleave(per_group) * norm.weight.to(wide)
-        shift = norm.bias.to(wide) - mean.repeat_interleave(per_group) * scale
+        scale = self._by_channel((variance + norm.eps).rsqrt(), per_group) * norm.weight.to(wide)
+        shift = norm.bias.to(wide) - self._by_channel(mean, per_group) * scale
         return Affine(scale=scale.float(), shift=shift.float())
+
+    def _by_group(self, sums: torch.Tensor) -> torch.Tensor:
+        """(…, C) to (…, groups)."""
+        return sums.view(*sums.shape[:-1], self._groups, -1).sum(-1)
+
+    def _by_channel(self, values: torch.Tensor, per_group: int) -> torch.Tensor:
+        """(groups) to (C); (T, groups) to (T, 1, C), for every column."""
+        spread = values.repeat_interleave(per_group, -1)
+        return spread.unsqueeze(-2) if self._per_frame else spread
 
 
 def normalise(rows: torch.Tensor, affine: Affine, *, out: torch.Tensor, silu: bool = True) -> None:
@@ -75,9 +93,9 @@ def normalise(rows: torch.Tensor, affine: Affine, *, out: torch.Tensor, silu: bo
     Both steps round to the activation's dtype, as `GroupNorm` and `SiLU` do one after the other.
 
     Args:
-        rows: (h, W, C).
+        rows: (h, W, C) or (h, T, W, C).
         affine: of the whole activation.
-        out: (h, W, C), the dtype of `rows`.
+        out: the shape and dtype of `rows`.
         silu: whether SiLU follows.
     """
     for piece, target in zip(pieces(rows), pieces(out), strict=True):
@@ -90,8 +108,8 @@ def normalise(rows: torch.Tensor, affine: Affine, *, out: torch.Tensor, silu: bo
 
 
 def pieces(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Rows (h, W, C) in pieces of a size the device likes."""
-    step = max(1, scratch_elements(rows.device) // (rows.shape[1] * rows.shape[2]))
+    """Rows in pieces of a size the device likes."""
+    step = max(1, scratch_elements(rows.device) // rows[0].numel())
     return torch.split(rows, step)
 
 

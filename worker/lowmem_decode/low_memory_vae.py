@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from worker.lowmem_decode.decoder import decode
+from worker.lowmem_decode.decoder import can_stream, decode, stream
 
 
 class LowMemoryVae:
@@ -27,3 +28,12 @@ class LowMemoryVae:
         """`(sample,)`, as `module.decode(z, return_dict=False)` gives it."""
         assert not return_dict
         return (decode(self._module, z, lean=self._lean),)
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether it decodes clips, whose frames come in groups."""
+        return can_stream(self._module)
+
+    def stream(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The frames of `decode` for one clip (1, C, f, h, w), in groups (1, 3, n, H, W)."""
+        return stream(self._module, z, lean=self._lean)

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from worker.lowmem_decode.activation import Activation, RowQueue, Stored, convolved
-from worker.lowmem_decode.group_norm import Affine, GroupStatistics, normalise
-from worker.lowmem_decode.row_conv import Conv3x3
+from worker.lowmem_decode.group_norm import GroupStatistics
+from worker.lowmem_decode.row_conv import Kernel
 from worker.lowmem_decode.steps import Resnet
+
+#: Begins a pass over an activation: what it gives writes the normalised rows of a strip, and SiLU of them, to a room.
+Norm = Callable[[], Callable[[torch.Tensor, torch.Tensor], None]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +30,13 @@ class ResnetRun:
 
     block: Resnet
     #: The first norm, with the statistics of the input.
-    first: Affine
+    first: Norm
+    #: Statistics for a norm, yet to be filled.
+    gather: Callable[[Any], GroupStatistics]
+    #: A norm, with the statistics of an activation.
+    norm: Callable[[Any, GroupStatistics, Activation], Norm]
+    #: What runs a convolution.
+    kernel: Callable[[Any], Kernel]
     #: Rows of a strip.
     rows: int
     #: Whether the hidden activation is stored, or made twice.
@@ -41,29 +51,35 @@ class ResnetRun:
             source: the input; overwritten if it is stored and has the output's channels.
             after: takes in the output, if a norm follows.
         """
-        statistics = GroupStatistics(int(self.block.norm2.num_groups))
+        statistics = self.gather(self.block.norm2)
         hidden: torch.Tensor | None = None
         done = 0
         for strip in self._hidden(source, seen=None):
             if self.keep_hidden and hidden is None:
-                hidden = strip.new_empty(source.height, source.width, self.block.hidden_channels)
+                hidden = strip.new_empty(source.height, *source.inner, self.block.hidden_channels)
             if hidden is not None:
                 hidden[done : done + len(strip)] = strip
             statistics.add(strip)
             done += len(strip)
             self.tick(len(strip))
-        return self._second_pass(source, hidden, statistics.affine(self.block.norm2), after)
+        return self._second_pass(source, hidden, statistics, after)
 
     def _hidden(self, source: Activation, *, seen: Callable[[torch.Tensor], None] | None) -> Iterator[torch.Tensor]:
+        normalise = self.first()
+
         def write(strip: torch.Tensor, room: torch.Tensor) -> None:
             if seen is not None:
                 seen(strip)
-            normalise(strip, self.first, out=room)
+            normalise(strip, room)
 
-        return convolved(Conv3x3(self.block.conv1), source, self.rows, write=write)
+        return convolved(self.kernel(self.block.conv1), source, self.rows, write=write)
 
     def _second_pass(
-        self, source: Activation, hidden: torch.Tensor | None, second: Affine, after: GroupStatistics | None
+        self,
+        source: Activation,
+        hidden: torch.Tensor | None,
+        statistics: GroupStatistics,
+        after: GroupStatistics | None,
     ) -> Stored:
         stored = source.tensor if isinstance(source, Stored) else None
         if hidden is not None:
@@ -75,16 +91,16 @@ class ResnetRun:
             middle = _Again(source, self.block.hidden_channels, lambda: self._hidden(source, seen=seen))
         target = stored if stored is not None and self.block.shortcut is None else hidden
         made = convolved(
-            Conv3x3(self.block.conv2),
+            self.kernel(self.block.conv2),
             middle,
             self.rows,
-            write=lambda strip, room: normalise(strip, second, out=room),
+            write=self.norm(self.block.norm2, statistics, middle)(),
         )
         top = 0
         for strip in made:
             count = len(strip)
             if target is None or target.shape[-1] != self.block.channels:
-                target = strip.new_empty(source.height, source.width, self.block.channels)
+                target = strip.new_empty(source.height, *source.inner, self.block.channels)
             kept = waiting.take(count) if stored is None else stored[top : top + count]
             out = target[top : top + count]
             torch.add(self._shortcut(kept), strip, out=out)
@@ -106,7 +122,7 @@ class _Again:
     """The hidden activation, made once more."""
 
     def __init__(self, source: Activation, channels: int, make: Callable[[], Iterator[torch.Tensor]]) -> None:
-        self.height, self.width, self.channels = source.height, source.width, channels
+        self.height, self.inner, self.channels = source.height, source.inner, channels
         self._source = source
         self._make = make
 
