@@ -13,7 +13,7 @@ from broker_config.messages import DecodeRequest, Kind, Mode
 from worker import lowmem_decode
 from worker.decode_planner import DecodeMode, DecodePlan, plan
 from worker.decode_probes import CostModels
-from worker.fast_path import FastVae, FastVaes
+from worker.fast_path import FastOptions, FastVae, FastVaes
 from worker.memory_ladder import (
     How,
     MemoryModel,
@@ -23,8 +23,19 @@ from worker.memory_ladder import (
     items_that_fit,
     rungs,
 )
+from worker.settings import WorkerSettings
 from worker.stages import Work
 from worker.vae_pool import LoadedVae, can_tile
+
+
+def fast_options(own: WorkerSettings) -> FastOptions:
+    """What a worker's settings say of the fast way. bfloat16 on a CPU gives way to a dtype that was asked for."""
+    return FastOptions(
+        use=own.fast_path,
+        memory_format=own.memory_format,
+        compile=own.compile,
+        native_bfloat16=own.dtype is None,
+    )
 
 
 class DecodeWays:

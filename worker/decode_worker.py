@@ -30,8 +30,9 @@ from broker_config.vae_catalog import VaeCatalog
 from worker.attempts import AttemptReporter
 from worker.batch_decode import BatchDecoder
 from worker.decode_probes import CostModels
+from worker.decode_ways import fast_options
 from worker.device_stage import DeviceStage
-from worker.fast_path import FastOptions, FastVaes, keep_compiled_in
+from worker.fast_path import FastVaes, keep_compiled_in
 from worker.fetch_stage import FetchStage
 from worker.finish_stage import FinishStage
 from worker.leases import WAITING, LeaseKeeper
@@ -106,14 +107,7 @@ class DecodeWorker:
             )
         #: What decodes take here, fitted in warm-up; the planner chooses by it.
         self._costs = CostModels()
-        self._fast = FastVaes(
-            FastOptions(
-                use=worker_settings.fast_path,
-                memory_format=worker_settings.memory_format,
-                compile=worker_settings.compile,
-                native_bfloat16=worker_settings.dtype is None,
-            )
-        )
+        self._fast = FastVaes(fast_options(worker_settings))
         self._wire_stages()
 
     def _wire_stages(self) -> None:

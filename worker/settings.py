@@ -74,7 +74,7 @@ class WorkerSettings(BaseSettings):
         "be compiled, on a CPU too.",
     )
     compile_sizes: Annotated[Names, AfterValidator(_checked_sizes)] = Field(
-        ("1024x1024",),
+        default_factory=lambda: ("1024x1024",),
         max_length=8,
         description="Pictures to compile for when a VAE is loaded, WIDTHxHEIGHT in pixels; the others share one graph, "
         "or are not compiled.",
