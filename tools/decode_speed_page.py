@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from worker.bench import near_plain
+
 ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = ROOT / "docs" / "decode-speed.md"
 #: Device type → its figures, where there are any.
@@ -35,9 +37,11 @@ def figures() -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    near = any("psnr_db" in row for row in rows)
     lines = [
-        "| VAE | size | dtype | mode | seconds | × plain | MiB above weights | × largest activation |",
-        "|---|---|---|---|---|---|---|---|",
+        "| VAE | size | dtype | mode | seconds | × plain | MiB above weights | × largest activation |"
+        + " PSNR against plain, dB |" * near,
+        "|---|---|---|---|---|---|---|---|" + "---|" * near,
     ]
     same = ("vae", "side", "dtype")
     for row in rows:
@@ -45,7 +49,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(
             f"| {row['vae']} | {row['side']}² | {row['dtype']} | `{row['mode']}` | {row['seconds']:.2f} | "
             f"{row['seconds'] / plain['seconds']:.2f} | {row['peak_bytes'] / 2**20:.0f} | "
-            f"{row['peak_bytes'] / row['largest_activation_bytes']:.2f} |"
+            f"{row['peak_bytes'] / row['largest_activation_bytes']:.2f} |" + f" {near_plain(row)} |" * near
         )
     return lines
 

@@ -18,10 +18,11 @@ from broker_config.latent_geometry import LatentLayout
 from broker_config.messages import DecodeRequest, Kind, Output
 from worker.decode import clip_frames, join_chunks, to_pixels
 from worker.encode import encode_pixels
+from worker.fast_path import FastVae, FastVaes
 from worker.latent_io import dtype_name
 from worker.latent_layouts import Plan, scaling_of
 from worker.lowmem_decode import LowMemoryVae
-from worker.memory_ladder import How, Rung, tiled
+from worker.memory_ladder import FAST_RUNGS, How, Rung, tiled
 from worker.numerical_safety import finite_chunks, is_finite
 from worker.stages import ChunkStream, HostChunk, StreamClosed, Timer, Work
 from worker.vae_pool import LoadedVae
@@ -83,12 +84,13 @@ def check_identity(request: DecodeRequest, vae: LoadedVae) -> None:
             )
 
 
-def facts_of(vae: LoadedVae, *, mode: str, shared: int, how: How) -> dict[str, object]:
-    """What the result records of the decode."""
-    return {
+def facts_of(vae: LoadedVae, *, mode: str, shared: int, how: How, fast: FastVae | None = None) -> dict[str, object]:
+    """What the result records of the decode; `fast`: the VAE's fast ways, if it runs in one."""
+    own = {} if fast is None else {"fast_path": fast.facts(compiled=how.rung is Rung.COMPILED)}
+    return own | {
         "vae": vae.entry.name,
         "weights": dict(vae.weights),
-        "dtype": dtype_name(vae.dtype),
+        "dtype": dtype_name(vae.dtype if fast is None else fast.dtype),
         "device": vae.device.type,
         "mode": mode,
         "batch_jobs": shared,
@@ -97,8 +99,10 @@ def facts_of(vae: LoadedVae, *, mode: str, shared: int, how: How) -> dict[str, o
     }
 
 
-def on_rung(module: Any, rung: Rung) -> Any:
-    """The VAE as it is to be called on a rung."""
+def on_rung(module: Any, rung: Rung, *, fast: FastVae | None = None) -> Any:
+    """The VAE as it is to be called on a rung; `fast`: its fast ways, if it runs in one."""
+    if fast is not None:
+        return fast.module(compiled=rung is Rung.COMPILED)
     if rung in (Rung.LOW_MEMORY, Rung.LEAN):
         return LowMemoryVae(module, lean=rung is Rung.LEAN)
     return module
@@ -107,15 +111,24 @@ def on_rung(module: Any, rung: Rung) -> Any:
 class BatchDecoder:
     """Runs the decodes of one device."""
 
-    def __init__(self, *, hand_on: HandOn, on_progress: Callable[[Work, int, int], None], default_mode: str) -> None:
+    def __init__(
+        self,
+        *,
+        hand_on: HandOn,
+        on_progress: Callable[[Work, int, int], None],
+        default_mode: str,
+        fast: FastVaes | None = None,
+    ) -> None:
         """Args:
         hand_on: takes a job over before its first chunk; waits while encoders are behind.
         on_progress: told of (job, frames done, frames in all) after each chunk.
-        default_mode: recorded for jobs that name none.
+        default_mode: of jobs that name none.
+        fast: the fast ways of VAEs, for rungs that are such.
         """
         self._hand_on = hand_on
         self._on_progress = on_progress
-        self._default_mode = default_mode
+        self.default_mode = default_mode
+        self.fast = fast or FastVaes()
         self._copier = HostCopier()
         #: Seconds the device waited in the last `decode` for encoders that were behind.
         self.waited_s = 0.0
@@ -131,9 +144,10 @@ class BatchDecoder:
         latents = works[0].latents if len(works) == 1 else torch.cat([work.latents for work in works])
         plan = plan_of(works[0].request, vae, batch=sum(work.request.batch for work in works))
         latents = latents.to(vae.device, non_blocking=True)
+        fast = self.fast.of(vae.module, half_suits=vae.half_suits) if how.rung in FAST_RUNGS else None
         for work in works:
-            mode = str(work.request.mode or self._default_mode)
-            work.decoded_by = facts_of(vae, mode=mode, shared=len(works), how=how)
+            mode = str(work.request.mode or self.default_mode)
+            work.decoded_by = facts_of(vae, mode=mode, shared=len(works), how=how, fast=fast)
             if work.preview is not None:
                 work.decoded_by["preview"] = work.preview
         run = self._encode if works[0].request.kind is Kind.ENCODE else self._run
@@ -161,8 +175,9 @@ class BatchDecoder:
                 work.decoded_by |= {"upcast": "float32", "upcast_from": before}
 
         by_frames = len(works) == 1 and works[0].request.output is not Output.TENSOR
+        fast = self.fast.of(vae.module, half_suits=vae.half_suits) if how.rung in FAST_RUNGS else None
         chunks = finite_chunks(
-            on_rung(vae.module, how.rung),
+            on_rung(vae.module, how.rung, fast=fast),
             latents,
             plan,
             items_per_call=how.items_per_call,

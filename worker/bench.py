@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +24,8 @@ from diffusers import AutoencoderKL
 from worker import lowmem_decode
 from worker.bench_plot import draw
 from worker.decode_meter import decoder_of, measure
-from worker.decode_planner import DecodeMode
+from worker.decode_planner import FAST_MODES, DecodeMode
+from worker.fast_path import FastOptions, FastVae, FastVaes
 
 #: The decoders' configurations, as in the config.json of their repositories. All have levels of 128, 256, 512 and 512
 #: channels; the sample size is what diffusers' tiles are cut to.
@@ -61,7 +62,8 @@ def measure_here(name: str, *, side: int, mode: DecodeMode, device: str, dtype: 
     if mode is DecodeMode.TILED:  # as diffusers cuts them, but so that there are tiles at all
         vae.tile_sample_min_size = min(vae.tile_sample_min_size, side // 2)
         vae.tile_latent_min_size = vae.tile_sample_min_size // 8
-    decode = decoder_of(vae, mode)
+    fast = _fast_vae(vae, side=side, mode=mode) if mode in FAST_MODES else None
+    decode = decoder_of(vae, mode, fast=fast)
     latents = torch.randn(1, channels, side // 8, side // 8).to(where, kind)
     measure(decode, latents[..., :16, :16])
     took = [measure(decode, latents) for _ in range(repeats)]
@@ -75,6 +77,41 @@ def measure_here(name: str, *, side: int, mode: DecodeMode, device: str, dtype: 
         "seconds": round(min(each.seconds for each in took), 4),
         "peak_bytes": peak,
         "largest_activation_bytes": largest,
+        **({} if fast is None else _beside_plain(vae, decode, latents, fast=fast, mode=mode)),
+    }
+
+
+def _fast_vae(vae: Any, *, side: int, mode: DecodeMode) -> FastVae:
+    """The VAE's fast ways; compiled for this size, whatever is known of the family, if that is the mode.
+
+    Raises:
+        RuntimeError: the compiler gave up.
+    """
+    made = FastVaes(FastOptions(compile="on" if mode is DecodeMode.COMPILED else "off"))
+    fast = made.of(vae)
+    if fast is None:
+        raise RuntimeError(f"no fast way: {made.why_not(vae)}")
+    if mode is DecodeMode.COMPILED:
+        made.prepare(vae, fast, sides=[(side // 8, side // 8)])
+        if not fast.compiles(side // 8, side // 8):
+            raise RuntimeError("could not be compiled; the log says why")
+    return fast
+
+
+def _beside_plain(
+    vae: Any, decode: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor, *, fast: FastVae, mode: DecodeMode
+) -> dict[str, Any]:
+    """How a fast way decodes, and how near to plain decode here: PSNR, over the range of the plain picture."""
+    with torch.inference_mode():
+        plain = vae.decode(latents, return_dict=False)[0].double()
+        error = (decode(latents).double() - plain).square().mean()
+    decibels = float(10 * torch.log10((plain.max() - plain.min()).square() / error)) if error > 0 else None
+    facts = fast.facts(compiled=mode is DecodeMode.COMPILED)
+    return {
+        "computed_in": str(fast.dtype).removeprefix("torch."),
+        "memory_format": facts["memory_format"],
+        "fused_norms": facts["fused_norms"],
+        "psnr_db": None if decibels is None else round(decibels, 1),
     }
 
 
@@ -127,7 +164,8 @@ def _processor() -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The figures for a terminal, each beside plain decode's of the same VAE, size and dtype."""
-    yield f"{'vae':<6}{'side':>6}  {'dtype':<10}{'mode':<12}{'seconds':>9}{'× plain':>9}{'MiB':>8}{'× largest':>11}"
+    figures = f"{'seconds':>9}{'× plain':>9}{'MiB':>8}{'× largest':>11}{'dB':>7}"
+    yield f"{'vae':<6}{'side':>6}  {'dtype':<10}{'mode':<12}{figures}"
     for row in rows:
         start = f"{row['vae']:<6}{row['side']:>6}  {row['dtype']:<10}{row['mode']:<12}"
         if "error" in row:
@@ -139,7 +177,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
         ratio = f"{row['seconds'] / plain['seconds']:.2f}" if plain else "?"
         memory = row["peak_bytes"] / row["largest_activation_bytes"]
-        yield f"{start}{row['seconds']:>9.3f}{ratio:>9}{row['peak_bytes'] / 2**20:>8.0f}{memory:>11.2f}"
+        near = near_plain(row)
+        yield f"{start}{row['seconds']:>9.3f}{ratio:>9}{row['peak_bytes'] / 2**20:>8.0f}{memory:>11.2f}{near:>7}"
+
+
+def near_plain(row: Mapping[str, Any]) -> str:
+    """PSNR of a fast way against plain decode, in dB; `equal`: bit for bit. Empty for the other modes."""
+    if "psnr_db" not in row:
+        return ""
+    return "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+
+
+def _usual_modes(device: torch.device) -> list[str]:
+    """Modes measured unless some are named: on a CPU, compiled decode is used only where it is forced."""
+    return [str(mode) for mode in DecodeMode if device.type == "cuda" or mode is not DecodeMode.COMPILED]
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -173,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for vae in arguments.vae or ("sd", "sdxl"):
         for dtype in arguments.dtype or ("float16" if device.type == "cuda" else "float32",):
             for side in arguments.side or (512, 1024):
-                for mode in arguments.mode or [str(mode) for mode in DecodeMode]:
+                for mode in arguments.mode or _usual_modes(device):
                     settings = {"vae": vae, "side": side, "mode": mode, "dtype": dtype, "device": arguments.device}
                     row = measure_apart(settings | {"repeats": arguments.repeats}, threads=arguments.threads)
                     rows.append(row)

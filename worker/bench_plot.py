@@ -12,7 +12,14 @@ _LABEL_PX: Final = 260
 _BAR_PX: Final = 330
 _MARGIN_PX: Final = 20
 #: Colours that stay apart for colour-blind readers (Okabe and Ito).
-_COLOURS: Final = {"plain": "#999999", "tiled": "#E69F00", "low_memory": "#0072B2", "lean": "#009E73"}
+_COLOURS: Final = {
+    "plain": "#999999",
+    "fast": "#CC79A7",
+    "compiled": "#D55E00",
+    "low_memory": "#0072B2",
+    "lean": "#009E73",
+    "tiled": "#E69F00",
+}
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Image.Image:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from worker import lowmem_decode
-from worker.decode_planner import DecodeMode
+from worker.decode_planner import FAST_MODES, DecodeMode
+from worker.fast_path import FastVae
 from worker.memory_ladder import tiled
 
 
@@ -29,8 +30,19 @@ class Measured:
     peak_bytes: int
 
 
-def decoder_of(module: Any, mode: DecodeMode) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from latents (B, C, …) to the VAE's sample."""
+def decoder_of(module: Any, mode: DecodeMode, *, fast: FastVae | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from latents (B, C, …) to the VAE's sample.
+
+    Args:
+        module: the VAE.
+        mode: how it is decoded.
+        fast: its fast ways, for the modes that are such.
+    """
+    if mode in FAST_MODES:
+        if fast is None:
+            raise ValueError(f"{type(module).__name__} has no fast way")
+        view, dtype = fast.module(compiled=mode is DecodeMode.COMPILED), fast.dtype
+        return lambda z: view.decode(z.to(dtype), return_dict=False)[0]
     if mode is DecodeMode.LOW_MEMORY:
         return lambda z: lowmem_decode.decode(module, z)
     if mode is DecodeMode.LEAN:

@@ -11,7 +11,7 @@ not, and nobody has to say what is small. Pure: no torch, no clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -20,15 +20,25 @@ from typing import Any, Final
 _USABLE: Final = 0.85
 #: A call need not grow when the time for a pixel would fall by less than this.
 _WORTHWHILE: Final = 0.05
+#: Plain decode is left for a way that is faster by more than this; two measurements of one way differ as much.
+_NO_FASTER: Final = 0.03
 
 
 class DecodeMode(StrEnum):
     """One way to decode, as it is measured and planned."""
 
     PLAIN = "plain"
+    FAST = "fast"
+    COMPILED = "compiled"
     LOW_MEMORY = "low_memory"
     LEAN = "lean"
     TILED = "tiled"
+
+
+#: Ways of mode fast alone: other last bits in the memory of plain decode.
+FAST_MODES: Final = frozenset({DecodeMode.FAST, DecodeMode.COMPILED})
+#: Ways that decode one item after the other.
+_ONE_BY_ONE: Final = frozenset({DecodeMode.COMPILED, DecodeMode.LOW_MEMORY, DecodeMode.LEAN})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +132,12 @@ class CostModel:
         line = self.seconds[mode]
         return int((line.constant + overhead_s) / (_WORTHWHILE * line.slope)) if line.slope > 0 else 0
 
+    @property
+    def for_batches(self) -> DecodeMode:
+        """The way in which a large call of several items takes least time for a pixel."""
+        usable = [mode for mode in (DecodeMode.PLAIN, DecodeMode.FAST) if mode in self.seconds]
+        return min(usable, key=lambda mode: self.seconds[mode].slope)
+
     def items_that_fit(self, mode: DecodeMode, *, pixels_per_item: int, free_bytes: int) -> int:
         """Items whose call stays inside the free memory; 0 if one does not."""
         line = self.bytes.get(mode)
@@ -170,6 +186,7 @@ def plan(
     free_bytes: int,
     exact_bits: bool,
     tiling_allowed: bool = False,
+    without: Collection[DecodeMode] = (),
 ) -> DecodePlan:
     """Chooses mode and items per call.
 
@@ -179,17 +196,21 @@ def plan(
         pixels_per_item: decoded pixels of one, over all its frames.
         free_bytes: memory there is.
         exact_bits: whether every bit must be the pipeline's: plain decode of all items at once, if it fits. Otherwise
-            the fastest mode that fits is taken; low-memory decode is the faster one on CPUs.
+            the fastest mode that fits is taken; plain if that is hardly slower.
         tiling_allowed: whether a decode that is not exact may be the last resort.
+        without: modes that this job cannot have.
     """
-    every = [_plan_of(model, mode, items, pixels_per_item, free_bytes) for mode in DecodeMode if mode in model.seconds]
+    barred = set(without) | (FAST_MODES if exact_bits else set())
+    modes = [mode for mode in DecodeMode if mode in model.seconds and mode not in barred]
+    every = [_plan_of(model, mode, items, pixels_per_item, free_bytes) for mode in modes]
     good = [way for way in every if way.mode is not DecodeMode.TILED]
     fitting = [way for way in good if way.fits]
     plain = next((way for way in fitting if way.mode is DecodeMode.PLAIN), None)
     if exact_bits and plain is not None:
         return plain
     if fitting:
-        return min(fitting, key=lambda way: way.seconds)
+        fastest = min(fitting, key=lambda way: way.seconds)
+        return fastest if plain is None or fastest.seconds < (1 - _NO_FASTER) * plain.seconds else plain
     tiled = [way for way in every if way.mode is DecodeMode.TILED and tiling_allowed]
     return min([*[way for way in tiled if way.fits], *good], key=lambda way: (not way.fits, way.peak_bytes))
 
@@ -197,8 +218,8 @@ def plan(
 def _plan_of(model: CostModel, mode: DecodeMode, items: int, pixels_per_item: int, free_bytes: int) -> DecodePlan:
     fit = model.items_that_fit(mode, pixels_per_item=pixels_per_item, free_bytes=free_bytes)
     per_call = max(1, min(items, fit))
-    if mode in (DecodeMode.LOW_MEMORY, DecodeMode.LEAN):
-        per_call = 1  # they take one item after the other anyway
+    if mode in _ONE_BY_ONE:
+        per_call = 1
     calls, rest = divmod(items, per_call)
     seconds = calls * model.seconds[mode].at(per_call * pixels_per_item)
     seconds += model.seconds[mode].at(rest * pixels_per_item) if rest else 0.0

@@ -15,7 +15,8 @@ import torch
 
 from worker import lowmem_decode
 from worker.decode_meter import decoder_of, measure
-from worker.decode_planner import CostModel, DecodeMode, Line, Probe
+from worker.decode_planner import FAST_MODES, CostModel, DecodeMode, Line, Probe
+from worker.fast_path import FastVae
 from worker.memory_ladder import first_guess
 
 #: Latent sizes probed, (batch, side): small ones tell the constant, large ones the slope.
@@ -26,7 +27,15 @@ _LONG_S: Final = 1.0
 _ARITHMETIC_SIDE: Final = 128
 
 
-def probes(module: Any, *, channels: int, spatial: int, device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
+def probes(
+    module: Any,
+    *,
+    channels: int,
+    spatial: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    fast: FastVae | None = None,
+) -> Iterator[Probe]:
     """Decodes random latents and says what each call took.
 
     Args:
@@ -35,14 +44,20 @@ def probes(module: Any, *, channels: int, spatial: int, device: torch.device, dt
         spatial: pixels per latent pixel.
         device: where it is.
         dtype: of its weights.
+        fast: its fast ways, where it has any.
     """
     modes = [DecodeMode.PLAIN]
+    if fast is not None:
+        modes.append(DecodeMode.FAST)
+        if fast.is_compiled:
+            modes.append(DecodeMode.COMPILED)
     if lowmem_decode.supports(module) is None:
         modes += [DecodeMode.LOW_MEMORY, DecodeMode.LEAN]
     for mode in modes:
-        decode = decoder_of(module, mode)
+        decode = decoder_of(module, mode, fast=fast)
+        sizes = [size for size in _SIZES if mode is not DecodeMode.COMPILED or _compiles(fast, *size)]
         measure(decode, torch.zeros(1, channels, 8, 8, device=device, dtype=dtype))  # warm
-        for batch, side in _SIZES:
+        for batch, side in sizes:
             latents = torch.randn(batch, channels, side, side, device=device).to(dtype)
             took = measure(decode, latents)
             pixels = batch * (side * spatial) ** 2
@@ -53,13 +68,26 @@ def probes(module: Any, *, channels: int, spatial: int, device: torch.device, dt
                 break
 
 
+def _compiles(fast: FastVae | None, batch: int, side: int) -> bool:
+    return fast is not None and batch == 1 and fast.compiles(side, side)
+
+
 def bytes_by_arithmetic(
-    module: Any, *, channels: int, spatial: int, device: torch.device, dtype: torch.dtype
+    module: Any,
+    *,
+    channels: int,
+    spatial: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    fast: FastVae | None = None,
 ) -> dict[DecodeMode, Line]:
     """Memory where it is known without a measurement: the low-memory modes, and on a CPU a guess for plain."""
     known: dict[DecodeMode, Line] = {}
     if device.type != "cuda":
         known[DecodeMode.PLAIN] = Line(constant=0.0, slope=first_guess(module.config, device=device, dtype=dtype))
+        if fast is not None:  # fused norms hold one activation less; a guess may be high
+            line = Line(constant=0.0, slope=first_guess(module.config, device=device, dtype=fast.dtype))
+            known |= dict.fromkeys(FAST_MODES, line)
     if lowmem_decode.supports(module) is None:
         for mode, lean in ((DecodeMode.LOW_MEMORY, False), (DecodeMode.LEAN, True)):
             shapes = [(1, channels, side, side) for side in (_ARITHMETIC_SIDE // 2, _ARITHMETIC_SIDE)]
@@ -72,10 +100,19 @@ def bytes_by_arithmetic(
     return known
 
 
-def fit(module: Any, *, channels: int, spatial: int, device: torch.device, dtype: torch.dtype) -> CostModel:
+def fit(
+    module: Any,
+    *,
+    channels: int,
+    spatial: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    fast: FastVae | None = None,
+) -> CostModel:
     """A cost model from probes run now."""
-    found = list(probes(module, channels=channels, spatial=spatial, device=device, dtype=dtype))
-    known = bytes_by_arithmetic(module, channels=channels, spatial=spatial, device=device, dtype=dtype)
+    given: dict[str, Any] = {"channels": channels, "spatial": spatial, "device": device, "dtype": dtype, "fast": fast}
+    found = list(probes(module, **given))
+    known = bytes_by_arithmetic(module, **given)
     return CostModel.fit(found, bytes_known=known)
 
 
@@ -94,7 +131,15 @@ class CostModels:
             self._models = {key: CostModel.from_wire(wire) for key, wire in stored.items()}
 
     def get(
-        self, name: str, module: Any, *, channels: int, spatial: int, device: torch.device, dtype: torch.dtype
+        self,
+        name: str,
+        module: Any,
+        *,
+        channels: int,
+        spatial: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        fast: FastVae | None = None,
     ) -> CostModel:
         """The model of a loaded VAE. The caller holds the VAE's lock.
 
@@ -105,18 +150,29 @@ class CostModels:
             spatial: pixels per latent pixel.
             device: where it is.
             dtype: of its weights.
+            fast: its fast ways, where it has any.
         """
-        key = f"{name} {dtype} {_device_name(device)}"
+        key = _key(name, device=device, dtype=dtype)
         with self._lock:
             if key not in self._models:
-                self._models[key] = fit(module, channels=channels, spatial=spatial, device=device, dtype=dtype)
+                self._models[key] = fit(
+                    module, channels=channels, spatial=spatial, device=device, dtype=dtype, fast=fast
+                )
                 self._store()
             return self._models[key]
+
+    def known(self, name: str, *, device: torch.device, dtype: torch.dtype) -> CostModel | None:
+        """The model of a VAE that was fitted; None if none was."""
+        return self._models.get(_key(name, device=device, dtype=dtype))
 
     def _store(self) -> None:
         if self._file is not None:
             wire = {key: model.to_wire() for key, model in self._models.items()}
             self._file.write_text(json.dumps(wire, indent=1), encoding="utf-8")
+
+
+def _key(name: str, *, device: torch.device, dtype: torch.dtype) -> str:
+    return f"{name} {dtype} {_device_name(device)}"
 
 
 def _device_name(device: torch.device) -> str:

@@ -29,7 +29,10 @@ from broker_config.tiered_blob_store import TieredBlobStore
 from broker_config.vae_catalog import VaeCatalog
 from worker.attempts import AttemptReporter
 from worker.batch_decode import BatchDecoder
+from worker.decode_probes import CostModels
+from worker.decode_ways import fast_options
 from worker.device_stage import DeviceStage
+from worker.fast_path import FastVaes, keep_compiled_in
 from worker.fetch_stage import FetchStage
 from worker.finish_stage import FinishStage
 from worker.leases import WAITING, LeaseKeeper
@@ -102,6 +105,9 @@ class DecodeWorker:
                 on_stop_job=lambda job_id: self._leases.mark_canceled(job_id),
                 on_shutdown=self.stop,
             )
+        #: What decodes take here, fitted in warm-up; the planner chooses by it.
+        self._costs = CostModels()
+        self._fast = FastVaes(fast_options(worker_settings))
         self._wire_stages()
 
     def _wire_stages(self) -> None:
@@ -137,12 +143,14 @@ class DecodeWorker:
                 hand_on=self._finish.accept,
                 on_progress=lambda work, done, total: self._leases.progress(work.claim, done=done, total=total),
                 default_mode=str(own.mode),
+                fast=self._fast,
             ),
             reporter=reporter,
             leases=self._leases,
             previewer=Previewer(self.pool, self.store, served=lambda: self._own.vaes),
             evict_others=self.pool.evict_all_but,
             stopwatch=self.stopwatch,
+            costs=self._costs,
         )
 
     def stop(self) -> None:
@@ -186,7 +194,15 @@ class DecodeWorker:
 
         VAEs without usable weights here are not served.
         """
-        warm_up = WarmUp(calibrate=self._own.mode is Mode.FAST and self._own.max_batch_px is None)
+        own, is_fast = self._own, self._own.mode is Mode.FAST
+        if is_fast:
+            keep_compiled_in(own.compile_cache)
+        warm_up = WarmUp(
+            calibrate=is_fast and own.max_batch_px is None,
+            costs=self._costs,
+            fast=self._fast if is_fast else None,
+            compile_sizes=own.compile_sizes_px,
+        )
         usable = warm_up.load(self._own.vaes, catalog=self._catalog, pool=self.pool)
         self._own = self._own.model_copy(update={"vaes": usable})
         self._fetch.serve(self._own, budgets_px=warm_up.budgets_px)

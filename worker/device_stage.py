@@ -11,28 +11,16 @@ import queue
 from collections.abc import Callable, Sequence
 
 from broker_config.errors import OutOfMemory
-from broker_config.messages import DecodeRequest, Kind
-from worker import lowmem_decode
 from worker.attempts import AttemptReporter
 from worker.batch_decode import BatchDecoder
+from worker.decode_probes import CostModels
+from worker.decode_ways import DecodeWays, pixels_at_once
 from worker.fetch_stage import Batch
-from worker.frame_stream import frames_at_once
 from worker.leases import LeaseKeeper
-from worker.memory_ladder import (
-    How,
-    MemoryModel,
-    Meter,
-    Rung,
-    first_guess,
-    free_bytes,
-    items_that_fit,
-    make_room,
-    rungs,
-    synchronize,
-)
+from worker.memory_ladder import How, MemoryModel, Meter, Rung, make_room, synchronize
 from worker.preview import Previewer
 from worker.stages import Abandoned, Failure, Stopwatch, StreamClosed, Timer, Work, failure_of
-from worker.vae_pool import LoadedVae, can_tile
+from worker.vae_pool import LoadedVae
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +39,7 @@ class DeviceStage:
         previewer: Previewer,
         evict_others: Callable[[str], int],
         stopwatch: Stopwatch,
+        costs: CostModels | None = None,
     ) -> None:
         """Args:
         ready: batches from the fetch stage; None ends the thread.
@@ -61,6 +50,7 @@ class DeviceStage:
         previewer: shows previews of jobs that ask for them.
         evict_others: drops every loaded VAE but the named one.
         stopwatch: adds up busy and idle time.
+        costs: what decodes took here, for the planner; None: nothing is known.
         """
         self._ready = ready
         self._on_taken = on_taken
@@ -74,6 +64,9 @@ class DeviceStage:
         #: Seconds the device waited for the batch it has: for latents, for the broker, for encoders.
         self._waited_s = 0.0
         self.memory = MemoryModel()
+        self._ways = DecodeWays(
+            costs=costs or CostModels(), fast=decoder.fast, memory=self.memory, default_mode=decoder.default_mode
+        )
 
     def run(self) -> None:
         """Decodes until the fetch stage ends."""
@@ -124,8 +117,7 @@ class DeviceStage:
 
     def _together(self, vae: LoadedVae, works: list[Work]) -> bool:
         """Decodes a batch in one call. Returns whether its jobs are done with."""
-        items = sum(work.request.batch for work in works)
-        failure = self._try(vae, works, How(rung=Rung.PLAIN, items_per_call=items))
+        failure = self._try(vae, works, self._ways.of_batch(vae, works))
         if failure is None:
             return True
         logger.warning("a batch of %d failed (%s)", len(works), failure.error.code, extra={"action": "batch_split"})
@@ -140,27 +132,7 @@ class DeviceStage:
 
     def _alone(self, vae: LoadedVae, work: Work) -> Failure | None:
         """Decodes one job, on the first rung that has the memory. Returns what went wrong on the last."""
-        request = work.request
-        guess = first_guess(vae.module.config, device=vae.device, dtype=vae.dtype)
-        fits = items_that_fit(
-            bytes_per_px=self.memory.bytes_per_px(vae.entry.name, dtype=vae.dtype, guess=guess),
-            pixels_per_item=_pixels_at_once(vae, request),
-            free=free_bytes(vae.device),
-        )
-        plain = How(rung=Rung.PLAIN, items_per_call=request.batch)
-        # A VAE that draws noise for a batch draws other noise for its parts.
-        ways = (
-            [plain]
-            if vae.entry.draws_noise
-            else list(
-                rungs(
-                    items=request.batch,
-                    first=fits,
-                    low_memory=lowmem_decode.supports(vae.module) is None and request.kind is Kind.DECODE,
-                    tiling_allowed=request.allow_tiling and can_tile(vae.module),
-                )
-            )
-        )
+        ways = self._ways.of_job(vae, work.request)
         ways.insert(0, ways[0])  # the first way once more, after room was made
         failure: Failure | None = None
         for number, how in enumerate(ways):
@@ -202,11 +174,6 @@ class DeviceStage:
         )
         if how.rung not in (Rung.PLAIN, Rung.SPLIT):
             return None  # the other rungs take less, and would make the plain one look small
-        pixels = _pixels_at_once(vae, works[0].request) * how.items_per_call
+        pixels = pixels_at_once(vae, works[0].request) * how.items_per_call
         self.memory.learn(vae.entry.name, dtype=vae.dtype, pixels=pixels, used_bytes=meter.used_bytes)
         return None
-
-
-def _pixels_at_once(vae: LoadedVae, request: DecodeRequest) -> int:
-    """Pixels of one item of a job that are activations at the same time: of a clip, those of some of its frames."""
-    return request.height * request.width * frames_at_once(vae.module, request.num_frames)

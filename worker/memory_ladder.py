@@ -4,12 +4,14 @@ The estimate is bytes of working memory for each decoded pixel, for each VAE and
 then the largest that was measured here. It decides how many items one call of the VAE takes. When a decode runs out
 of memory all the same, the next rung is tried, each giving up a little more:
 
+    fast         mode fast: other memory format, norms fused (`worker.fast_path`); compiled: the same, compiled
     plain        every item in one call, as the pipeline does
     split        fewer items a call, down to one (what `enable_slicing` does; last bits may differ from plain)
     low_memory   the low-memory decoder, where there is one for the VAE: exact, in 1.6 times its largest activation
     lean         the same, computing the largest activations again instead of storing them
     tiled        diffusers' tiling: not exact, only where the job allows it
 
+Where decodes were measured (`worker.decode_planner`), the first rung is the one planned; the same ones follow.
 Before the first other rung the cache is emptied and every other VAE is evicted. The rung is recorded in the result.
 """
 
@@ -44,10 +46,16 @@ class Rung(StrEnum):
     """One way to decode."""
 
     PLAIN = "plain"
+    FAST = "fast"
+    COMPILED = "compiled"
     SPLIT = "split"
     LOW_MEMORY = "low_memory"
     LEAN = "lean"
     TILED = "tiled"
+
+
+#: Rungs of mode fast alone.
+FAST_RUNGS: Final = frozenset({Rung.FAST, Rung.COMPILED})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +67,7 @@ class How:
     items_per_call: int
 
 
-def rungs(*, items: int, first: int, low_memory: bool, tiling_allowed: bool) -> Iterator[How]:
+def rungs(*, items: int, first: int, low_memory: bool, tiling_allowed: bool, best: Rung = Rung.PLAIN) -> Iterator[How]:
     """Ways to decode `items`, the best first.
 
     Args:
@@ -68,15 +76,19 @@ def rungs(*, items: int, first: int, low_memory: bool, tiling_allowed: bool) -> 
             first if there is one; a host that is short of memory kills the process instead of saying so.
         low_memory: whether there is a low-memory decoder for the VAE.
         tiling_allowed: whether the job allows a decode that is not exact.
+        best: the rung to begin with: plain, fast or compiled, or one further down that was planned.
     """
-    if first > 0 or not low_memory:
+    planned_low = low_memory and best in (Rung.LOW_MEMORY, Rung.LEAN)
+    if not planned_low and (first > 0 or not low_memory):
+        whole, part = (best, best) if best in FAST_RUNGS else (Rung.PLAIN, Rung.SPLIT)
         per_call = max(1, min(first, items))
-        yield How(rung=Rung.PLAIN if per_call == items else Rung.SPLIT, items_per_call=per_call)
+        yield How(rung=whole if per_call == items else part, items_per_call=per_call)
         while per_call > 1:
             per_call = (per_call + 1) // 2
-            yield How(rung=Rung.SPLIT, items_per_call=per_call)
+            yield How(rung=part, items_per_call=per_call)
     if low_memory:
-        yield How(rung=Rung.LOW_MEMORY, items_per_call=1)
+        if best is not Rung.LEAN:
+            yield How(rung=Rung.LOW_MEMORY, items_per_call=1)
         yield How(rung=Rung.LEAN, items_per_call=1)
     if tiling_allowed:
         yield How(rung=Rung.TILED, items_per_call=1)

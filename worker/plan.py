@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ import torch
 from broker_config.errors import ConfigurationError, LatentqError
 from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeCatalog
-from worker.decode_planner import CostModel, DecodeMode, plan
+from worker.decode_planner import CostModel, DecodeMode, DecodePlan, plan
 from worker.decode_probes import fit
+from worker.decode_ways import fast_options
+from worker.fast_path import FastVae, FastVaes, describe, family_of, keep_compiled_in
 from worker.latent_io import dtype_name
 from worker.memory_ladder import free_bytes
+from worker.settings import load_worker_settings
 from worker.vae_pool import LoadedVae, VaePool
 
 
@@ -39,8 +43,16 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def report(vae: LoadedVae, model: CostModel, *, size: tuple[int, int], items: int) -> dict[str, Any]:
-    """What is printed: each mode's time and memory for the job, and the choice in both modes of a job."""
+def report(
+    vae: LoadedVae,
+    model: CostModel,
+    *,
+    size: tuple[int, int],
+    items: int,
+    fast: FastVae | None = None,
+    why_not_fast: str | None = None,
+) -> dict[str, Any]:
+    """What is printed: each mode's time and memory for the job, the choice in both modes of a job, and why."""
     pixels = size[0] * size[1]
     free = free_bytes(vae.device)
     modes = {
@@ -63,13 +75,40 @@ def report(vae: LoadedVae, model: CostModel, *, size: tuple[int, int], items: in
         "dtype": dtype_name(vae.dtype),
         "device": str(vae.device),
         "free_bytes": free,
-        "batch_budget_px": model.budget_px(),
+        "batch_budget_px": model.budget_px(model.for_batches),
+        "fast_path": describe(family_of(vae.module), fast, why_not_fast),
         "modes": modes,
         "chosen": {
             name: {"mode": str(way.mode), "items_per_call": way.items_per_call, "fits": way.fits}
             for name, way in chosen.items()
         },
+        "why": {name: _why(way, model, pixels=pixels * items, exact=name == "exact") for name, way in chosen.items()},
     }
+
+
+def _why(way: DecodePlan, model: CostModel, *, pixels: int, exact: bool) -> str:
+    """Why the planner chose so, in a few words."""
+    if not way.fits:
+        return "nothing fits the free memory; this takes least of it"
+    if exact and way.mode is DecodeMode.PLAIN:
+        return "it fits, and gives the pipeline's bits"
+    if exact:
+        return "plain decode does not fit the free memory"
+    plain = model.seconds[DecodeMode.PLAIN].at(pixels)
+    if way.mode is DecodeMode.PLAIN:
+        return "nothing that fits is faster by more than measurements differ"
+    return f"the fastest that fits: {way.seconds:.3f} s, plain {plain:.3f} s"
+
+
+def _fast_lines(found: dict[str, Any]) -> list[str]:
+    if not found["available"]:
+        return [f"fast way: none ({found['why_not']})"]
+    compiled = "compiled" if found["compiled"] else f"not compiled ({found['why_not_compiled']})"
+    return [
+        f"fast way: {found['memory_format']}, {found['dtype']}, {found['fused_norms']} norms fused with SiLU by "
+        f"{found['fused_norms_by']}, {compiled}",
+        f"  known of the family: {found['evidence']}",
+    ]
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -86,9 +125,26 @@ def as_text(found: dict[str, Any]) -> str:
     lines.append("")
     for name, way in found["chosen"].items():
         note = "" if way["fits"] else " (does not fit: the least that can be tried)"
-        lines.append(f"mode {name}: {way['mode']}, {way['items_per_call']} a call{note}")
+        lines.append(f"mode {name}: {way['mode']}, {way['items_per_call']} a call{note}: {found['why'][name]}")
+    lines += _fast_lines(found["fast_path"])
     lines.append(f"jobs are worth batching up to {found['batch_budget_px']} pixels a call")
     return "\n".join(lines)
+
+
+def _measured(vae: LoadedVae, ways: FastVaes, fast: FastVae | None, *, size: tuple[int, int], cache: Path) -> CostModel:
+    """What decodes take here; compiled ones too, where the worker would compile."""
+    entry = vae.entry
+    if fast is not None and fast.compiled is not None:
+        keep_compiled_in(cache)
+        ways.prepare(vae.module, fast, sides=[(size[1] // entry.spatial, size[0] // entry.spatial)])
+    return fit(
+        vae.module,
+        channels=entry.channels,
+        spatial=entry.spatial,
+        device=vae.device,
+        dtype=vae.dtype,
+        fast=fast,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,14 +154,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         catalog = VaeCatalog.load(load_settings().catalog)
         if catalog[arguments.name].temporal != 1:
             raise ConfigurationError(f"{arguments.name} is a video VAE: only image VAEs are planned")
-        pool = VaePool(catalog, device=torch.device(arguments.device), dtype=arguments.dtype)
+        own = load_worker_settings(dtype=arguments.dtype)
+        pool = VaePool(catalog, device=torch.device(arguments.device), dtype=own.dtype)
         vae = pool.get(arguments.name)
-        entry = vae.entry
-        model = fit(vae.module, channels=entry.channels, spatial=entry.spatial, device=vae.device, dtype=vae.dtype)
+        ways = FastVaes(fast_options(own))
+        fast = ways.of(vae.module, half_suits=vae.half_suits)
+        model = _measured(vae, ways, fast, size=arguments.size, cache=own.compile_cache)
     except LatentqError as error:
         print(f"latentq vaes: {error.message} [{error.code}]", file=sys.stderr)
         return 2
-    found = report(vae, model, size=arguments.size, items=arguments.items)
+    found = report(
+        vae,
+        model,
+        size=arguments.size,
+        items=arguments.items,
+        fast=fast,
+        why_not_fast=ways.why_not(vae.module),
+    )
     print(json.dumps(found, indent=2) if arguments.json else as_text(found))
     return 0
 

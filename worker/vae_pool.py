@@ -63,6 +63,11 @@ class LoadedVae:
     #: Held while it decodes.
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def half_suits(self) -> bool:
+        """Whether the catalogue lets it decode in half precision."""
+        return self.entry.dtype != "float32"
+
 
 class VaePool:
     """VAEs by catalogue name, least recently used out first."""

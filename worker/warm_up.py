@@ -1,5 +1,5 @@
 """Makes a loaded VAE ready: one small decode, so that no job pays for kernels, workspaces and pages touched first; and,
-where jobs may share a batch, the pixels worth putting into one call.
+in mode fast, what the fast way needs, what decodes take here, and the pixels worth putting into one call.
 
 Nothing here may keep a worker from starting: a VAE that cannot be warmed up is decoded cold.
 """
@@ -16,6 +16,7 @@ import torch
 from broker_config.errors import OutOfMemory, WeightsMismatch, WeightsMissing, WorkerError
 from broker_config.vae_catalog import VaeCatalog
 from worker.decode_probes import CostModels
+from worker.fast_path import FastVae, FastVaes
 from worker.stages import classify
 from worker.vae_pool import LoadedVae, VaePool, find_weights
 
@@ -33,12 +34,25 @@ _CALL_OVERHEAD_S: Final = 0.001
 class WarmUp:
     """Warms VAEs up and knows their batch budgets."""
 
-    def __init__(self, *, calibrate: bool) -> None:
+    def __init__(
+        self,
+        *,
+        calibrate: bool,
+        costs: CostModels | None = None,
+        fast: FastVaes | None = None,
+        compile_sizes: Sequence[tuple[int, int]] = (),
+    ) -> None:
         """Args:
-        calibrate: measure how large a call is worth making; of no use where jobs never share a batch.
+        calibrate: measure what decodes take, for the planner and for the size of batches; of no use in mode exact,
+            which has nothing to choose and whose jobs never share a batch.
+        costs: where what was measured goes.
+        fast: the fast ways to compile and to measure; None: none.
+        compile_sizes: pictures to compile for, (width, height) in pixels.
         """
         self._calibrate = calibrate
-        self._models = CostModels()
+        self._models = costs or CostModels()
+        self._fast = fast
+        self._compile_sizes = compile_sizes
         #: VAE → decoded pixels that are worth putting into one call.
         self.budgets_px: dict[str, int] = {}
 
@@ -79,6 +93,7 @@ class WarmUp:
             with vae.lock, torch.inference_mode():
                 latents = smallest_latents(vae)
                 _decode(vae.module, latents)
+                fast = self._make_fast(vae)
                 if self._calibrate and latents.ndim == 4 and vae.entry.temporal == 1:
                     model = self._models.get(
                         vae.entry.name,
@@ -87,8 +102,10 @@ class WarmUp:
                         spatial=vae.entry.spatial,
                         device=vae.device,
                         dtype=vae.dtype,
+                        fast=fast,
                     )
-                    self.budgets_px[vae.entry.name] = model.budget_px(overhead_s=_CALL_OVERHEAD_S)
+                    budget_px = model.budget_px(model.for_batches, overhead_s=_CALL_OVERHEAD_S)
+                    self.budgets_px[vae.entry.name] = budget_px
         except Exception as error:
             logger.warning(
                 "VAE %s was not warmed up: %s",
@@ -103,6 +120,27 @@ class WarmUp:
             self.budgets_px.get(vae.entry.name, USUAL_BUDGET_PX),
             extra={"action": "vae_warm", "vae": vae.entry.name},
         )
+
+    def _make_fast(self, vae: LoadedVae) -> FastVae | None:
+        """The VAE's fast ways, decoded with once and compiled where they are to be."""
+        fast = None if self._fast is None else self._fast.of(vae.module, half_suits=vae.half_suits)
+        if self._fast is None or fast is None:
+            return None
+        _decode(fast.view, smallest_latents(vae).to(fast.dtype))
+        spatial = vae.entry.spatial
+        sides = [(height // spatial, width // spatial) for width, height in self._compile_sizes]
+        graphs = self._fast.prepare(vae.module, fast, sides=sides)
+        logger.info(
+            "VAE %s in mode fast: %s, %s, %d norms fused by %s, %s",
+            vae.entry.name,
+            fast.memory_format,
+            str(fast.dtype).removeprefix("torch."),
+            fast.norms,
+            fast.norms_by,
+            f"{graphs} graphs compiled" if graphs else f"not compiled ({fast.why_not_compiled or 'it failed'})",
+            extra={"action": "fast_path_ready", "vae": vae.entry.name},
+        )
+        return fast
 
 
 def _why_none(errors: Sequence[WorkerError]) -> WorkerError:

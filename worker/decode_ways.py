@@ -1,0 +1,133 @@
+"""The ways in which a job or a batch is tried, the best first: the planner's choice, and the rungs below it.
+
+Where decodes of a VAE were measured here, the planner chooses by time and memory. Where none were, plain decode (on
+CUDA in mode fast: the fast way) begins, with as many items a call as `memory_ladder` estimates to fit. Either way the
+rungs of the ladder follow, so that a decode that runs out of memory always finds one that takes less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from broker_config.messages import DecodeRequest, Kind, Mode
+from worker import lowmem_decode
+from worker.decode_planner import DecodeMode, DecodePlan, plan
+from worker.decode_probes import CostModels
+from worker.fast_path import FastOptions, FastVae, FastVaes
+from worker.frame_stream import frames_at_once
+from worker.memory_ladder import (
+    How,
+    MemoryModel,
+    Rung,
+    first_guess,
+    free_bytes,
+    items_that_fit,
+    rungs,
+)
+from worker.settings import WorkerSettings
+from worker.stages import Work
+from worker.vae_pool import LoadedVae, can_tile
+
+
+def fast_options(own: WorkerSettings) -> FastOptions:
+    """What a worker's settings say of the fast way. bfloat16 on a CPU gives way to a dtype that was asked for."""
+    return FastOptions(
+        use=own.fast_path,
+        memory_format=own.memory_format,
+        compile=own.compile,
+        native_bfloat16=own.dtype is None,
+    )
+
+
+class DecodeWays:
+    """Chooses ways on one device."""
+
+    def __init__(self, *, costs: CostModels, fast: FastVaes, memory: MemoryModel, default_mode: str) -> None:
+        """Args:
+        costs: what decodes took here.
+        fast: the fast ways of VAEs.
+        memory: working memory of decodes, where no costs were measured.
+        default_mode: of jobs that name none.
+        """
+        self._costs = costs
+        self._fast = fast
+        self._memory = memory
+        self._default_mode = default_mode
+
+    def of_job(self, vae: LoadedVae, request: DecodeRequest) -> list[How]:
+        """Ways to decode one job. A VAE that draws noise for a batch draws other noise for its parts: one way only."""
+        if vae.entry.draws_noise:
+            return [How(rung=Rung.PLAIN, items_per_call=request.batch)]
+        decodes = request.kind is Kind.DECODE
+        planned = self._planned(vae, request, items=request.batch) if decodes else None
+        if planned is None:
+            first, best = self._estimated(vae, request), self._unmeasured(vae, request)
+        else:
+            first, best = planned.items_per_call if planned.fits else 0, Rung(str(planned.mode))
+        return list(
+            rungs(
+                items=request.batch,
+                first=first,
+                low_memory=decodes and lowmem_decode.supports(vae.module) is None,
+                tiling_allowed=request.allow_tiling and can_tile(vae.module),
+                best=best,
+            )
+        )
+
+    def of_batch(self, vae: LoadedVae, works: Sequence[Work]) -> How:
+        """How a batch of jobs is decoded, in the memory of plain decode; they are tried alone where that fails."""
+        items = sum(work.request.batch for work in works)
+        request = works[0].request
+        planned = self._planned(vae, request, items=items, without=(DecodeMode.LOW_MEMORY, DecodeMode.LEAN))
+        best = self._unmeasured(vae, request) if planned is None else Rung(str(planned.mode))
+        return How(rung=best, items_per_call=1 if best is Rung.COMPILED else items)
+
+    def _planned(
+        self, vae: LoadedVae, request: DecodeRequest, *, items: int, without: Sequence[DecodeMode] = ()
+    ) -> DecodePlan | None:
+        model = self._costs.known(vae.entry.name, device=vae.device, dtype=vae.dtype)
+        if model is None:
+            return None
+        return plan(
+            model,
+            items=items,
+            pixels_per_item=request.pixels // request.batch,
+            free_bytes=free_bytes(vae.device),
+            exact_bits=not self._is_fast(request),
+            without=(*without, *self._barred(vae, request)),
+        )
+
+    def _barred(self, vae: LoadedVae, request: DecodeRequest) -> list[DecodeMode]:
+        """Ways that were measured and cannot be taken: the VAE was loaded anew, or this size was not compiled."""
+        fast = self._ways_of(vae)
+        barred = [] if fast is not None else [DecodeMode.FAST]
+        spatial = vae.entry.spatial
+        if fast is None or request.is_video or not fast.compiles(request.height // spatial, request.width // spatial):
+            barred.append(DecodeMode.COMPILED)
+        if lowmem_decode.supports(vae.module) is not None:
+            barred += [DecodeMode.LOW_MEMORY, DecodeMode.LEAN]
+        return barred
+
+    def _unmeasured(self, vae: LoadedVae, request: DecodeRequest) -> Rung:
+        """The rung to begin with where nothing was measured here: what others measured on CUDA."""
+        wanted = self._is_fast(request) and request.kind is Kind.DECODE and vae.device.type == "cuda"
+        return Rung.FAST if wanted and self._ways_of(vae) is not None else Rung.PLAIN
+
+    def _estimated(self, vae: LoadedVae, request: DecodeRequest) -> int:
+        guess = first_guess(vae.module.config, device=vae.device, dtype=vae.dtype)
+        return items_that_fit(
+            bytes_per_px=self._memory.bytes_per_px(vae.entry.name, dtype=vae.dtype, guess=guess),
+            pixels_per_item=pixels_at_once(vae, request),
+            free=free_bytes(vae.device),
+        )
+
+    def _ways_of(self, vae: LoadedVae) -> FastVae | None:
+        return self._fast.of(vae.module, half_suits=vae.half_suits)
+
+    def _is_fast(self, request: DecodeRequest) -> bool:
+        return str(request.mode or self._default_mode) == str(Mode.FAST)
+
+
+def pixels_at_once(vae: LoadedVae, request: DecodeRequest) -> int:
+    """Pixels of one item of a job that are activations at the same time: of a clip, those of some of its frames."""
+    return request.height * request.width * frames_at_once(vae.module, request.num_frames)
