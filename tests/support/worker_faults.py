@@ -32,7 +32,7 @@ def install(fault: str | None) -> None:
     """Builds the fault in; without one nothing changes."""
     if fault is None:
         return
-    decode_pace._LEAST_S = 1.0  # type: ignore[misc]
+    decode_pace._LEAST_S = 2.0  # type: ignore[misc]
     fetch_stage._FETCH_LIMIT_S = 1.0  # type: ignore[misc]
     finish_stage._STORE_LIMIT_S = 1.0  # type: ignore[misc]
     if fault == BEHIND:
