@@ -161,14 +161,14 @@ async def _session() -> AsyncIterator[aiohttp.ClientSession]:
         yield opened
 
 
-async def _crowd(url: str, waits_for: list[str]) -> dict[str, Any]:
+async def _crowd(url: str, waits_for: list[str], *, load_s: float) -> dict[str, Any]:
     """Slow clients and long-polls for a while, small decodes beside them."""
     async with _session() as session:
         load = Load(url, session)
         begin = time.perf_counter()
         decoding = [asyncio.create_task(load.decodes()) for _ in range(2)]
         crowd = [asyncio.create_task(load.slow_client()) for _ in range(SLOW_CLIENTS)]
-        crowd += [asyncio.create_task(load.poll(path, wait_s=_LOAD_S)) for path in waits_for]
+        crowd += [asyncio.create_task(load.poll(path, wait_s=load_s)) for path in waits_for]
         await asyncio.gather(*crowd)
         for task in decoding:
             task.cancel()
@@ -197,7 +197,7 @@ async def _uploads(url: str, count: int) -> dict[str, Any]:
         return {"megabytes": np.prod(_LARGE).item() * 4 / 1e6, "seconds": took, "errors": load.errors}
 
 
-def _measure(running: Bench, url: str, gateway: subprocess.Popen[str]) -> dict[str, Any]:
+def _measure(running: Bench, url: str, gateway: subprocess.Popen[str], *, rounds: int, load_s: float) -> dict[str, Any]:
     assert gateway.stdin is not None
     assert gateway.stdout is not None
     ask, answers = gateway.stdin, gateway.stdout
@@ -215,14 +215,14 @@ def _measure(running: Bench, url: str, gateway: subprocess.Popen[str]) -> dict[s
     ]
     asyncio.run(_uploads(url, 1))  # warm
     idle, loaded = [], []
-    for _ in range(6):
+    for _ in range(rounds):
         stall_ms()
         time.sleep(2)
         idle.append(stall_ms())
         uploads = asyncio.run(_uploads(url, 2))
         loaded.append(stall_ms())
     stall_ms()
-    crowd = asyncio.run(_crowd(url, waits_for))
+    crowd = asyncio.run(_crowd(url, waits_for, load_s=load_s))
     crowd["stall_ms"] = stall_ms()
     return {
         "crowd": crowd,
@@ -235,7 +235,7 @@ def _measure(running: Bench, url: str, gateway: subprocess.Popen[str]) -> dict[s
     }
 
 
-def main() -> dict[str, Any]:
+def main(*, rounds: int = 6, load_s: float = _LOAD_S) -> dict[str, Any]:
     """Runs the loads and stores the figures."""
     with bench() as running:
         command = [sys.executable, "-m", "benchmarks.gateway_load", "--serve"]
@@ -245,7 +245,7 @@ def main() -> dict[str, Any]:
         try:
             url = gateway.stdout.readline().strip()
             with running.worker("exact", module="benchmarks.noop_worker", vae="noop"):
-                figures = _measure(running, url, gateway)
+                figures = _measure(running, url, gateway, rounds=rounds, load_s=load_s)
         finally:
             gateway.stdin.close()
             gateway.wait(30)

@@ -25,6 +25,7 @@ from producer import DecodeClient
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+_store = RESULTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,9 +151,15 @@ def environment_facts() -> dict[str, Any]:
     }
 
 
+def store_in(folder: Path) -> None:
+    """Where this process stores its results."""
+    global _store
+    _store = folder
+
+
 def write_result(name: str, figures: Mapping[str, Any]) -> Path:
     """Stores figures with their surroundings as JSON."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    _store.mkdir(exist_ok=True)
+    path = _store / f"{name}.json"
     path.write_text(json.dumps({"figures": figures, **environment_facts()}, indent=2) + "\n")
     return path

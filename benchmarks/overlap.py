@@ -153,10 +153,10 @@ def steps_for(running: Bench, subject: Subject, load: Load, *, out: Path) -> int
     return max(1, steps)
 
 
-def compare(running: Bench, subject: Subject, load: Load, *, folder: Path) -> dict[str, Any]:
+def compare(running: Bench, subject: Subject, load: Load, *, count: int, folder: Path) -> dict[str, Any]:
     """The three ways, in one run."""
     steps = steps_for(running, subject, load, out=folder / "sample")
-    run: dict[str, Any] = {"steps": steps, "count": _COUNT}
+    run: dict[str, Any] = {"steps": steps, "count": count}
     serial = role(running, "in_process", subject, out=folder / "a", **run)
     with endpoint(running, subject, out=folder / "b") as url:
         threaded = role(running, "thread_queue", subject, out=folder / "b", url=url, **run)
@@ -168,7 +168,7 @@ def compare(running: Bench, subject: Subject, load: Load, *, folder: Path) -> di
     return figures(serial, threaded, ours, worker_cpu_s=worker_cpu_s, broker_cpu_s=broker_cpu_s) | {
         "steps": steps,
         "side_px": subject.side,
-        "count": _COUNT,
+        "count": count,
         "different_from_in_process": different(folder / "a", folder / "c"),
         "different_from_in_process_thread_queue": different(folder / "a", folder / "b"),
     }
@@ -206,8 +206,8 @@ def different(ours: Path, theirs: Path) -> int:
     )
 
 
-def main() -> dict[str, Any]:
-    """Runs every subject with every load, and stores the figures."""
+def main(*, count: int = _COUNT) -> dict[str, Any]:
+    """Runs every subject with every load, `count` prompts each, and stores the figures."""
     demo = Subject(name="demo", pipeline=_DEMO_PIPELINE, vae=_DEMO_VAE, entry="demo", side=256)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="latentq-bench-overlap-") as name:
@@ -217,7 +217,7 @@ def main() -> dict[str, Any]:
             for subject in subjects:
                 for load in LOADS:
                     key = f"{subject.name}, {load.name}"
-                    found[key] = compare(running, subject, load, folder=folder / subject.name / load.name)
+                    found[key] = compare(running, subject, load, count=count, folder=folder / subject.name / load.name)
                     print(json.dumps({key: found[key]}), file=sys.stderr)
                     write_result("overlap", found)  # at once: a run that is stopped has measured what it has
     return found

@@ -202,12 +202,11 @@ def memory_per_job(running: Bench, *, jobs: int) -> dict[str, Any]:
     return {"jobs": jobs, "bytes_per_queued_job": queued / jobs, "bytes_per_finished_job": finished / jobs}
 
 
-def main() -> dict[str, Any]:
+def main(*, jobs: int = 1500, samples: int = 500, many: int = 100_000, claims: int = 200) -> dict[str, Any]:
     """Runs everything and stores the figures."""
     figures: dict[str, Any] = {}
-    jobs = 1500
     with bench() as running:
-        figures["latency"] = latency(running, samples=500)
+        figures["latency"] = latency(running, samples=samples)
         exact = ours_per_s(running, mode="exact", jobs=jobs)
         fast = ours_per_s(running, mode="fast", jobs=jobs)
         stock = stock_per_s(running, jobs=jobs)
@@ -222,9 +221,9 @@ def main() -> dict[str, Any]:
             "ratio_fast_to_http": fast / http,
             "bar_to_stock": 3.0,
         }
-        figures["memory"] = memory_per_job(running, jobs=1000)
+        figures["memory"] = memory_per_job(running, jobs=min(jobs, 1000))
     with bench() as running:
-        figures["claim_cost"] = claim_cost(running, few=10, many=100_000, claims=200)
+        figures["claim_cost"] = claim_cost(running, few=10, many=many, claims=claims)
     write_result("queue_cost", figures)
     return figures
 

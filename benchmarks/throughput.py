@@ -97,16 +97,18 @@ def compare(
     }
 
 
-def main() -> dict[str, Any]:
+def main(*, rounds: int = 3) -> dict[str, Any]:
     """Runs both VAEs and stores the figures."""
     with tempfile.TemporaryDirectory(prefix="latentq-bench-sd-") as folder:
         catalog = full_size_sd(Path(folder))
         channels = json.loads((_DEMO / "config.json").read_text())["latent_channels"]
         with bench(catalog) as running:
             figures = {
-                "demo": compare(running, vae="demo", weights=_DEMO, channels=channels, side=256, jobs=30, rounds=3),
+                "demo": compare(
+                    running, vae="demo", weights=_DEMO, channels=channels, side=256, jobs=30, rounds=rounds
+                ),
                 "sd_full_size": compare(
-                    running, vae="sd", weights=Path(folder) / "sd", channels=4, side=256, jobs=5, rounds=3
+                    running, vae="sd", weights=Path(folder) / "sd", channels=4, side=256, jobs=5, rounds=rounds
                 ),
             }
     write_result("throughput", figures)

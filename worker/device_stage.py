@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from broker_config.errors import OutOfMemory
 from worker.attempts import AttemptReporter
 from worker.batch_decode import BatchDecoder
+from worker.decode_pace import DecodePace
 from worker.decode_probes import CostModels
 from worker.decode_ways import DecodeWays, pixels_at_once
 from worker.fetch_stage import Batch
@@ -67,6 +68,7 @@ class DeviceStage:
         self._ways = DecodeWays(
             costs=costs or CostModels(), fast=decoder.fast, memory=self.memory, default_mode=decoder.default_mode
         )
+        self._pace = DecodePace()
 
     def run(self) -> None:
         """Decodes until the fetch stage ends."""
@@ -152,10 +154,17 @@ class DeviceStage:
 
     def _try(self, vae: LoadedVae, works: Sequence[Work], how: How) -> Failure | None:
         """One decode. What went wrong, as text: the frames of the error, and their tensors, are gone by then."""
+        name, kind, pixels = vae.entry.name, works[0].request.kind, sum(work.request.pixels for work in works)
+        # One that was held for hung before, or killed its process, has all of its timeout.
+        if not any(work.claim.crashes for work in works):
+            self._leases.expect(
+                [work.claim for work in works], within_s=self._pace.silence_s(name, kind, pixels=pixels)
+            )
         try:
-            with vae.lock, Meter(vae.device) as meter:
+            with vae.lock, Meter(vae.device) as meter, Timer() as timer:
                 self._decoder.decode(vae, works, how)
             self._waited_s += self._decoder.waited_s
+            self._pace.learn(name, kind, pixels=pixels, seconds=timer.s - self._decoder.waited_s)
             failure = None
         except Abandoned:
             raise
@@ -175,5 +184,5 @@ class DeviceStage:
         if how.rung not in (Rung.PLAIN, Rung.SPLIT):
             return None  # the other rungs take less, and would make the plain one look small
         pixels = pixels_at_once(vae, works[0].request) * how.items_per_call
-        self.memory.learn(vae.entry.name, dtype=vae.dtype, pixels=pixels, used_bytes=meter.used_bytes)
+        self.memory.learn(name, dtype=vae.dtype, pixels=pixels, used_bytes=meter.used_bytes)
         return None

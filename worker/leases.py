@@ -1,12 +1,14 @@
 """The leases of one worker: which jobs it holds, in which stage, and the thread that renews them.
 
 DESIGN. A lease is renewed while its job is inside the deadline of its stage, so a long decode keeps it and a
-hang loses it. Renewal runs in a thread of its own: it must go on while the device computes. When the broker does
-not answer, renewal is tried again every second; a job whose lease ended meanwhile is taken up again if nobody
-else claimed it (`adopted`), and marked lost otherwise. A job past its stage deadline is no longer renewed and
-`on_hang` is told once: only the end of the process frees a device that hangs. Time in which the broker, or the store
-of large blobs, is away does not count, nor does time in which the device waits for encoders: nobody hangs who waits.
-Such times may overlap and then count twice, so a stage never has more time left than it had when it began.
+hang loses it; on the device it must show progress, too, within the time that others of its kind took many times
+over. Renewal runs in a thread of its own: it must go on while the device computes. When the broker does not
+answer, renewal is tried again every second; a job whose lease ended meanwhile is taken up again if nobody else
+claimed it (`adopted`), and marked lost otherwise. A job past its time is no longer renewed and `on_hang` is
+told once: only the end of the process frees a device that hangs. Time in which the broker, or the store of
+large blobs, is away does not count, nor does time in which the device waits for encoders: nobody hangs who
+waits. Such times may overlap and then count twice, so a stage never has more time left than it had when it
+began.
 """
 
 from __future__ import annotations
@@ -44,6 +46,9 @@ class Held:
     #: Time the stage may take, and `time.monotonic()` after which it counts as hung.
     limit_s: float
     deadline: float
+    #: How long the job may show no progress in its stage, and `time.monotonic()` after which that counts as hung.
+    silence_s: float = math.inf
+    silent_until: float = math.inf
     done: int = 0
     total: int = 0
     #: Someone asked to cancel it.
@@ -57,6 +62,11 @@ class Held:
     def excuse(self, seconds: float, *, now: float) -> None:
         """The stage waited so long for others until `now`."""
         self.deadline = min(self.deadline + seconds, now + self.limit_s)
+        self.silent_until = min(self.silent_until + seconds, now + self.silence_s)
+
+    def is_late(self, now: float) -> bool:
+        """Whether it hangs."""
+        return now > min(self.deadline, self.silent_until)
 
 
 class LeaseKeeper:
@@ -121,6 +131,16 @@ class LeaseKeeper:
                     continue
                 if STAGES.index(stage) >= STAGES.index(held.stage):
                     held.stage, held.limit_s, held.deadline, held.hung = stage, limit_s, deadline, False
+                    held.silence_s = held.silent_until = math.inf
+
+    def expect(self, claims: Iterable[Claim], *, within_s: float) -> None:
+        """Says that these jobs, on the device, show progress within this time, and again within it after each time."""
+        now = time.monotonic()
+        with self._lock:
+            for claim in claims:
+                held = self._held.get(claim.job_id)
+                if held is not None and held.claim.execution == claim.execution and held.stage == "device":
+                    held.silence_s, held.silent_until = within_s, now + within_s
 
     def grant(self, seconds: float, *, stages: Collection[str] = STAGES) -> None:
         """Moves the deadlines of what is in these stages: it waited so long for the broker, a store or encoders."""
@@ -161,6 +181,7 @@ class LeaseKeeper:
             held = self._held.get(claim.job_id)
             if held is not None:
                 held.done, held.total = done, total
+                held.silent_until = time.monotonic() + held.silence_s
 
     def drop(self, claim: Claim) -> None:
         """Forgets a job that ended or was handed back."""
@@ -214,7 +235,7 @@ class LeaseKeeper:
     def _in_time(self) -> list[Held]:
         now = min(time.monotonic(), self._heard + self._renew_s + _SLOW_ANSWER_S)
         with self._lock:
-            late = [item for item in self._held.values() if now > item.deadline and not item.hung]
+            late = [item for item in self._held.values() if item.is_late(now) and not item.hung]
             for item in late:
                 item.hung = True
             in_time = [item for item in self._held.values() if not item.hung and not item.lost]

@@ -261,6 +261,7 @@ local function requeue(rec, side, now, execution)
     'execution', execution)
   call('HSET', RQ .. 'job:' .. rec.id, 'status', 'queued')
   call('PERSIST', RQ .. 'job:' .. rec.id)
+  call('SADD', RQ .. 'queues', RQ .. 'queue:' .. rec.rq_queue) -- RQ's `Queue.delete` takes it out
   call(side, RQ .. 'queue:' .. rec.rq_queue, rec.id)
   -- Every worker hears it: one ring may go to a connection whose process or host has just died.
   ring(rec.vae, math.max(1, math.min(16, call('ZCARD', P .. 'serving:' .. rec.vae))))

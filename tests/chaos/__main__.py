@@ -35,7 +35,7 @@ def show(report: Report, plan: Plan) -> None:
 
 #: Tests that kill a process at each of its commands; their names are the list of points.
 _KILL_POINTS = (
-    "tests/reliability/test_submit_replay.py::"
+    "tests/reliability/test_killed_producers.py::"
     "test_a_producer_killed_after_any_of_its_commands_leaves_a_job_or_nothing_that_stays",
     "tests/chaos/test_kill_points.py",
     "tests/chaos/test_courier_kill_points.py",

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chaos.__main__ import show
+from tests.chaos.__main__ import _KILL_POINTS, show
 from tests.chaos.storm import Storm
 from tests.chaos.storm_plan import REQUEUE_SLACK_S, Plan
+from tests.support.processes import ROOT
+
+
+def test_the_tests_that_list_the_kill_points_are_there() -> None:
+    """`make chaos` names them; one that was renamed would be left out of it."""
+    for name in _KILL_POINTS:
+        path, _, test = name.partition("::")
+        assert f"def {test}" in (ROOT / path).read_text(), name
 
 
 @pytest.mark.timeout(600)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from broker_config.tiered_blob_store import TieredBlobStore
-from worker import fetch_stage, finish_stage
+from worker import decode_pace, fetch_stage, finish_stage
 from worker.batch_decode import BatchDecoder
 from worker.finish_stage import FinishStage
 
@@ -32,6 +32,7 @@ def install(fault: str | None) -> None:
     """Builds the fault in; without one nothing changes."""
     if fault is None:
         return
+    decode_pace._LEAST_S = 2.0  # type: ignore[misc]
     fetch_stage._FETCH_LIMIT_S = 1.0  # type: ignore[misc]
     finish_stage._STORE_LIMIT_S = 1.0  # type: ignore[misc]
     if fault == BEHIND:

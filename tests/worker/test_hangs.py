@@ -77,6 +77,16 @@ def test_a_hang_in_any_stage_ends_the_process(
     assert (snapshot.crash_count, snapshot.attempts) == ((1, 1) if stage == "device" else (0, 0))
 
 
+def test_a_decode_that_takes_many_times_as_long_as_those_before_hangs_long_before_its_timeout(
+    client: DecodeClient, start: Callable[[str], Member]
+) -> None:
+    member = start("device")
+    assert submit(client, timeout_s=600.0).wait(60).status is JobStatus.SUCCEEDED
+    job = submit(client, timeout_s=600.0)
+    assert member.wait() == EXIT_BROKEN
+    assert reap(client, job) == "crashed"
+
+
 def test_a_job_on_the_device_is_not_marked_for_a_read_that_hangs(
     client: DecodeClient, start: Callable[[str], Member]
 ) -> None:

@@ -123,6 +123,44 @@ def test_waiting_is_granted_to_those_who_wait(bench: Bench) -> None:
     assert bench.hung == [("a", "claimed")]
 
 
+def test_a_decode_that_shows_progress_keeps_its_lease_and_a_silent_one_loses_it(bench: Bench) -> None:
+    jobs = [claim("a"), claim("b")]
+    bench.keeper.hold(jobs, limit_s=LIMIT_S)
+    bench.keeper.enter(jobs, "device", limit_s=100 * LIMIT_S)
+    bench.keeper.expect(jobs, within_s=LIMIT_S)
+    for frame in range(10):
+        bench.pass_s(LIMIT_S / 2)
+        bench.keeper.progress(jobs[0], done=frame, total=10)
+    assert bench.hung == [("b", "device")]
+    assert bench.broker.said[-1] == {"a": "device"}
+    bench.pass_s(LIMIT_S + RENEW_S)
+    assert bench.hung == [("b", "device"), ("a", "device")]
+
+
+def test_progress_does_not_prolong_the_time_that_a_stage_may_take(bench: Bench) -> None:
+    job = claim("a")
+    bench.keeper.hold([job], limit_s=LIMIT_S)
+    bench.keeper.enter([job], "device", limit_s=2 * LIMIT_S)
+    bench.keeper.expect([job], within_s=LIMIT_S)
+    for frame in range(5):
+        bench.pass_s(LIMIT_S / 2)
+        bench.keeper.progress(job, done=frame, total=10)
+    assert bench.hung == [("a", "device")]
+
+
+def test_progress_is_expected_on_the_device_only_and_waiting_is_no_silence(bench: Bench) -> None:
+    jobs = [claim("a"), claim("b"), claim("c")]
+    bench.keeper.hold(jobs, limit_s=LIMIT_S)
+    bench.keeper.enter(jobs, "device", limit_s=100 * LIMIT_S)
+    bench.keeper.enter([jobs[0]], "encode", limit_s=100 * LIMIT_S)
+    bench.keeper.expect(jobs, within_s=LIMIT_S)
+    bench.keeper.enter([jobs[1]], "encode", limit_s=100 * LIMIT_S)
+    for _ in range(10):
+        bench.pass_s(LIMIT_S / 2)
+        bench.keeper.grant(LIMIT_S / 2, stages=("device",))  # it waits for encoders
+    assert bench.hung == []
+
+
 def test_a_job_never_goes_back_to_an_earlier_stage(bench: Bench) -> None:
     """Two threads say where it is: the device is done with it, and it is being stored."""
     bench.keeper.hold([claim("a")], limit_s=LIMIT_S)

@@ -26,6 +26,12 @@ NO_ROOM = (
 )
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that serves nothing for now looks again after this time."""
+    monkeypatch.setattr(fetch_stage, "_OUTAGE_PAUSE_S", 0.05)
+
+
 def submit(client: DecodeClient, *, vae: str = "sd", **options: Any) -> JobHandle:
     latents = np.ones((1, 4, 8, 8), dtype=np.float32)
     return client.submit(latents, vae=vae, provenance=False, **options)
