@@ -9,6 +9,11 @@ function make(kind, text, ...children) {
   return made;
 }
 
+// Text in which `this` is code.
+function words(text) {
+  return (text ?? "").split("`").map((part, index) => (index % 2 ? make("code", part) : document.createTextNode(part)));
+}
+
 function typeOf(schema) {
   if (!schema) return "";
   if (schema.$ref) return schema.$ref.split("/").pop();
@@ -23,16 +28,16 @@ function table(headings, rows) {
   const scroll = make("div");
   scroll.className = "scroll";
   scroll.append(make("table", "", make("thead", "", make("tr", "", ...headings.map((heading) => make("th", heading)))),
-    make("tbody", "", ...rows.map((row) => make("tr", "", ...row.map((cell) => make("td", cell)))))));
+    make("tbody", "", ...rows.map((row) => make("tr", "", ...row.map((cell) => make("td", "", ...words(cell))))))));
   return scroll;
 }
 
 function operation(path, method, told) {
-  const details = make("details", "", make("summary", "", make("b", method.toUpperCase()), make("code", path), make("span", told.summary)));
+  const details = make("details", "", make("summary", "", make("b", method.toUpperCase()), make("code", path), make("span", "", ...words(told.summary))));
   const parameters = told.parameters.map((item) => [item.name, item.in, typeOf(item.schema ?? item.content?.["application/json"]?.schema),
     [item.required ? "required" : "", item.schema?.description ?? item.description ?? ""].filter(Boolean).join("; ")]);
   if (parameters.length) details.append(table(["parameter", "in", "type", ""], parameters));
-  if (told.requestBody) details.append(make("p", `Body: ${Object.keys(told.requestBody.content).join(", ")}. ${told.requestBody.description ?? ""}`));
+  if (told.requestBody) details.append(make("p", "", ...words(`Body: ${Object.keys(told.requestBody.content).join(", ")}. ${told.requestBody.description ?? ""}`)));
   details.append(table(["status", "answer"], Object.entries(told.responses).map(([status, answer]) => [status,
     answer.$ref ? `problem: ${answer.$ref.split("/").pop()}` : `${Object.values(answer.content ?? {}).map((item) => typeOf(item.schema)).join(", ")} ${answer.description}`])));
   return details;

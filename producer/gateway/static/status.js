@@ -44,11 +44,20 @@ async function call(path, { method = "GET", body, type } = {}) {
 // Logging in ------------------------------------------------------------------------------------------------
 
 async function begin() {
+  try {
+    await enter();
+  } catch (error) {
+    say(`${error.message}: trying again …`, "off");
+    setTimeout(begin, 3000);
+  }
+}
+
+async function enter() {
   let session;
   try {
     session = await call("/session");
   } catch (error) {
-    if (error.status !== 401) { say(error.message, "off"); return; }
+    if (error.status !== 401) throw error;
     $("login").hidden = false;
     $("main").hidden = true;
     say("log in to see the queue", "");

@@ -28,7 +28,7 @@ function item(delivery, { make, call, seconds }) {
   const last = delivery.attempts.at(-1);
   const gone = last?.status === GONE;
   const count = `${delivery.attempts.length} ${delivery.attempts.length === 1 ? "attempt" : "attempts"}`;
-  const ended = last ? `, the last one ${last.error ?? last.status} after ${seconds(last.duration_ms / 1000)}, ${new Date(last.at).toLocaleString()}` : "";
+  const ended = last ? ` · the last one ${new Date(last.at).toLocaleString()}, after ${seconds(last.duration_ms / 1000)}: ${last.error ?? last.status}` : "";
   const text = make("div", {}, make("b", { text: `${delivery.event} · ${delivery.receiver}` }), make("div", { text: delivery.reason ?? "" }),
     make("small", { text: `${delivery.job_id ?? "ping"} · ${count}${ended}` }));
   const button = make("button", { type: "button", text: gone ? "Enable and send again" : "Send again", "aria-label": `Send ${delivery.id} again` });
