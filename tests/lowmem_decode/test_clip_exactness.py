@@ -70,8 +70,8 @@ def test_clips_of_any_length(name: str, frames: int) -> None:
 def test_any_shape_in_any_strips(
     name: str, frames: int, height: int, width: int, strip_rows: int | None, lean: bool, seed: int
 ) -> None:
-    # HunyuanVideo repeats edges, so a single latent pixel is one value a channel for good: a group then has a handful of
-    # numbers, which may differ by next to nothing, and its norm enlarges the rounding of either decode without bound.
+    # HunyuanVideo repeats edges, so a single latent pixel is one value a channel for good: a group then has a handful
+    # of numbers, which may differ by next to nothing, and its norm enlarges the rounding of either decode at will.
     assume(height * width > 1)
     vae = cached(name)
     z = latents(vae, frames=frames, height=height, width=width, seed=seed)
