@@ -125,6 +125,7 @@ def test_a_vae_is_compiled_for_the_sizes_named_and_once_for_all_others() -> None
     assert fast.facts(compiled=True)["compiled"] is True
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own imports
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler, g++ here")
 def test_the_real_compiler_makes_the_same_numbers() -> None:
     plain = small_decoder()

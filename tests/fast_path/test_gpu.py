@@ -24,6 +24,7 @@ from worker.fast_path.norm_silu import GroupNormSiLU, RmsNormSiLU, triton_kernel
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore"),  # triton and the compiler warn of their own plans
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 GPU = torch.device("cuda", 0)
