@@ -117,25 +117,21 @@ class FastVaes:
     def prepare(self, module: Any, fast: FastVae, *, sides: Sequence[tuple[int, int]]) -> int:
         """Compiles for latents of these sizes, (height, width), and for any other if the family takes that.
 
-        Returns how many graphs there are now. The caller holds the VAE's lock.
-
-        Raises:
-            OutOfMemoryError: a size is too large for this device.
+        Returns how many graphs were made; a size too large for the device has none. The caller holds the VAE's lock.
         """
         family = family_of(module)
         if fast.compiled is None or family is None:
             return 0
-        first = fast.view.post_quant_conv if getattr(fast.view, "post_quant_conv", None) is not None else None
-        conv = first if first is not None else next(p for p in fast.view.decoder.modules() if isinstance(p, nn.Conv2d))
-        decoder: CompiledDecoder = fast.compiled.decoder
+        conv = next(part for part in fast.view.decoder.modules() if isinstance(part, nn.Conv2d))
+        wanted = [(side, False) for side in sides] + ([(_FREE_SIZE, True)] if family.dynamic else [])
         made = 0
         with torch.inference_mode():
-            for height, width in sides:
-                z = torch.zeros(1, conv.in_channels, height, width, device=module.device, dtype=fast.dtype)
-                made += decoder.prepare(z)
-            if family.dynamic:
-                z = torch.zeros(1, conv.in_channels, *_FREE_SIZE, device=module.device, dtype=fast.dtype)
-                made += decoder.prepare(z, free_sizes=True)
+            for side, free_sizes in wanted:
+                try:
+                    z = torch.zeros(1, conv.in_channels, *side, device=module.device, dtype=fast.dtype)
+                    made += fast.compiled.decoder.prepare(z, free_sizes=free_sizes)
+                except torch.OutOfMemoryError:
+                    logger.warning("no room to compile for %s", side, extra={"action": "compile_failed"})
         return made
 
     def _make(self, module: Any, *, half_suits: bool) -> FastVae:

@@ -32,6 +32,8 @@ _MOST_STRETCHES: Final = 512
 _FEWEST_POSITIONS: Final = 1024
 #: Positions are counted in 32 bits by a program; pointers are widened where a sample is added.
 _MOST_POSITIONS: Final = 2**31 - 1
+#: What the last dimension of a grid takes.
+_MOST_SAMPLES: Final = 65535
 
 
 @triton.jit
@@ -205,29 +207,30 @@ def group_norm_silu(
     affine = torch.empty((2, samples, channels), device=x.device, dtype=torch.float32)
     out = torch.empty_like(x)  # keeps the strides of a dense tensor
     blocks = triton.cdiv(channels, tile_c)
-    _channel_statistics[(stretches, blocks, samples)](
-        x, means[0], means[1], channels, positions, *strides, stretch, TILE_C=tile_c, TILE_P=tile_p
-    )
-    per_group = channels // groups
-    _merge[(groups, samples)](
-        means[0],
-        means[1],
-        weight,
-        bias,
-        affine[0],
-        affine[1],
-        channels,
-        positions,
-        stretch,
-        stretches,
-        per_group,
-        eps,
-        TILE_C=triton.next_power_of_2(per_group),
-        TILE_S=64,
-    )
-    _apply[(triton.cdiv(positions, tile_p), blocks, samples)](
-        x, out, affine[0], affine[1], channels, positions, *strides, TILE_C=tile_c, TILE_P=tile_p
-    )
+    with torch.cuda.device_of(x):  # triton launches on the current device
+        _channel_statistics[(stretches, blocks, samples)](
+            x, means[0], means[1], channels, positions, *strides, stretch, TILE_C=tile_c, TILE_P=tile_p
+        )
+        per_group = channels // groups
+        _merge[(groups, samples)](
+            means[0],
+            means[1],
+            weight,
+            bias,
+            affine[0],
+            affine[1],
+            channels,
+            positions,
+            stretch,
+            stretches,
+            per_group,
+            eps,
+            TILE_C=triton.next_power_of_2(per_group),
+            TILE_S=64,
+        )
+        _apply[(triton.cdiv(positions, tile_p), blocks, samples)](
+            x, out, affine[0], affine[1], channels, positions, *strides, TILE_C=tile_c, TILE_P=tile_p
+        )
     return out
 
 
@@ -247,26 +250,29 @@ def rms_norm_silu(
     tile_c = triton.next_power_of_2(channels)
     tile_p = max(1, _TILE // tile_c)
     out = torch.empty_like(x)
-    _rms_silu[(triton.cdiv(positions, tile_p), samples)](
-        x,
-        out,
-        weight,
-        weight if bias is None else bias,
-        channels,
-        positions,
-        *strides,
-        scale,
-        eps,
-        HAS_BIAS=bias is not None,
-        TILE_C=tile_c,
-        TILE_P=tile_p,
-    )
+    with torch.cuda.device_of(x):
+        _rms_silu[(triton.cdiv(positions, tile_p), samples)](
+            x,
+            out,
+            weight,
+            weight if bias is None else bias,
+            channels,
+            positions,
+            *strides,
+            scale,
+            eps,
+            HAS_BIAS=bias is not None,
+            TILE_C=tile_c,
+            TILE_P=tile_p,
+        )
     return out
 
 
 def takes(x: torch.Tensor) -> bool:
     """Whether the kernels can run on `x`: its layout and size are ones they know."""
-    return layout_strides(x) is not None and 0 < x[0, 0].numel() <= _MOST_POSITIONS - _TILE and x.shape[0] <= 65535
+    if x.shape[0] == 0 or x.shape[0] > _MOST_SAMPLES or layout_strides(x) is None:
+        return False
+    return 1 < x[0, 0].numel() <= _MOST_POSITIONS - _TILE  # a size of 1 is a constant to triton
 
 
 def layout_strides(x: torch.Tensor) -> tuple[int, int] | None:

@@ -35,7 +35,7 @@ _FUSED: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {
     "QwenImageResidualBlock": (("norm1", "norm2"), "nonlinearity"),
     "QwenImageDecoder3d": (("norm_out",), "nonlinearity"),
 }
-#: What a decode does not call.
+#: What a decode does not call; Qwen-Image's counts the encoder's modules all the same, so something must be there.
 _ENCODER_PARTS: Final = ("encoder", "quant_conv")
 
 
@@ -66,10 +66,12 @@ def view_of(module: Any, *, memory_format: str, dtype: torch.dtype) -> Any:
         memory_format: of its activations, a name in `FORMATS`.
         dtype: of its weights; one that differs from the module's costs a copy of them.
     """
-    parts = {name: part for name, part in module._modules.items() if name not in _ENCODER_PARTS}
-    copied = {name: _copy(part, dtype) for name, part in parts.items() if part is not None}
+    other_dtype = None if dtype == module.dtype else dtype
     view = copy.copy(module)  # its __dict__ is new, what that holds is shared
-    view.__dict__["_modules"] = parts | copied
+    view.__dict__["_modules"] = {
+        name: nn.Module() if name in _ENCODER_PARTS else None if part is None else _copy(part, other_dtype)
+        for name, part in module._modules.items()
+    }
     for part in list(view.decoder.modules()):
         _fuse(part)
     if memory_format != "contiguous":
@@ -84,11 +86,11 @@ def fused_norms(view: Any) -> int:
     return sum(isinstance(part, GroupNormSiLU | RmsNormSiLU) for part in view.decoder.modules())
 
 
-def _copy(part: nn.Module, dtype: torch.dtype) -> nn.Module:
-    tensors = [*part.parameters(), *part.buffers()]
-    if all(tensor.dtype == dtype for tensor in tensors):
-        return copy.deepcopy(part, {id(tensor): tensor for tensor in tensors})
-    return copy.deepcopy(part).to(dtype)
+def _copy(part: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Modules of their own on the same parameters; on copies of them if they are to have another dtype."""
+    if dtype is not None:
+        return copy.deepcopy(part).to(dtype)
+    return copy.deepcopy(part, {id(tensor): tensor for tensor in (*part.parameters(), *part.buffers())})
 
 
 def _fuse(part: nn.Module) -> None:

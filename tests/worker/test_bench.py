@@ -1,0 +1,55 @@
+"""`latentq bench` knows every way to decode: rows, table, picture and page. Sizes and weights are tiny here."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.kl_vaes import family
+from tools import decode_speed_page
+from worker import bench
+from worker.bench_plot import draw
+from worker.decode_planner import DecodeMode
+from worker.fast_path import FastVaes
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Every mode of a tiny VAE, measured in this process; the compiler only pretends."""
+    monkeypatch.setattr(bench, "random_vae", lambda *_, **__: family("sd"))
+    monkeypatch.setattr(bench, "FastVaes", functools.partial(FastVaes, backend=lambda graph, _: graph.forward))
+    given: dict[str, Any] = {"side": 128, "device": "cpu", "dtype": "float32", "repeats": 1}
+    return [bench.measure_here("sd", mode=mode, **given) for mode in DecodeMode]
+
+
+def test_every_mode_has_a_row_and_the_fast_ones_say_how_near_they_are(rows: list[dict[str, Any]]) -> None:
+    assert [row["mode"] for row in rows] == ["plain", "fast", "compiled", "low_memory", "lean", "tiled"]
+    assert [row["mode"] for row in rows if "psnr_db" in row] == ["fast", "compiled"]
+    fast, compiled = rows[1:3]
+    assert (fast["memory_format"], fast["fused_norms"], fast["computed_in"]) == ("contiguous", "torch", "float32")
+    assert compiled["fused_norms"] == "the compiler"
+    for row in (fast, compiled):
+        assert row["psnr_db"] is None or row["psnr_db"] > 100  # float32 has 24 bits: some 140 dB
+
+    lines = list(bench.table(rows))
+    assert len(lines) == 1 + len(rows)
+    assert all(row["mode"] in line for row, line in zip(rows, lines[1:], strict=True))
+    assert draw(rows).height > draw(rows[:1]).height
+    page = "\n".join(decode_speed_page._table(rows))
+    assert "PSNR" in page
+    assert "`compiled`" in page
+    assert "PSNR" not in "\n".join(decode_speed_page._table(rows[:1]))
+
+
+@pytest.mark.parametrize(("decibels", "expected"), [(None, "equal"), (61.26, "61.3")])
+def test_a_picture_that_is_the_plain_one_is_called_equal(decibels: float | None, expected: str) -> None:
+    assert bench.near_plain({"psnr_db": decibels}) == expected
+    assert bench.near_plain({}) == ""
+
+
+def test_a_cpu_is_measured_compiled_only_when_asked() -> None:
+    assert "compiled" not in bench._usual_modes(torch.device("cpu"))
+    assert "compiled" in bench._usual_modes(torch.device("cuda"))

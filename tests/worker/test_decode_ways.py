@@ -1,0 +1,207 @@
+"""The ways a job is tried in follow from what decodes took here; a worker in mode fast takes the fast one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from broker_config.messages import BlobRef, DecodeRequest, Kind, Mode, Output
+from broker_config.settings import Settings
+from broker_config.vae_catalog import VaeEntry
+from producer import DecodeClient
+from tests.support.kl_vaes import family
+from tests.support.thread_worker import ThreadWorker
+from worker import decode_probes, decode_ways, decode_worker
+from worker.decode_planner import CostModel, DecodeMode, Probe
+from worker.decode_probes import CostModels
+from worker.decode_ways import DecodeWays
+from worker.fast_path import FastOptions, FastVaes
+from worker.memory_ladder import How, MemoryModel, Rung
+from worker.vae_pool import LoadedVae
+
+GB = 10**9
+CPU = torch.device("cpu")
+#: Mode → microseconds and bytes for a pixel.
+Costs = dict[DecodeMode, tuple[float, int]]
+USUAL: Costs = {
+    DecodeMode.PLAIN: (1.0, 4000),
+    DecodeMode.FAST: (0.6, 4000),
+    DecodeMode.COMPILED: (0.3, 4000),
+    DecodeMode.LOW_MEMORY: (1.1, 1000),
+    DecodeMode.LEAN: (1.4, 500),
+}
+
+
+def loaded(module: Any = None, **entry: Any) -> LoadedVae:
+    given = {"name": "t", "title": "t", "weights": "/t", "vae_class": "AutoencoderKL", "channels": 4, "spatial": 8}
+    return LoadedVae(
+        entry=VaeEntry(**{**given, "layouts": ["unpacked"], **entry}),
+        module=module or family("sd"),
+        dtype=torch.float32,
+        device=CPU,
+        weights={},
+        size_bytes=0,
+    )
+
+
+def request(*, items: int = 1, side: int = 1024, **options: Any) -> DecodeRequest:
+    given = {
+        "job_id": "j",
+        "vae": "t",
+        "layout": "unpacked",
+        "latents": BlobRef(store="redis", name="n", sha256="0", size_bytes=1),
+        "shape": (items, 4, side // 8, side // 8),
+        "dtype": "float32",
+        "height": side,
+        "width": side,
+        "batch": items,
+        "num_frames": 1,
+        "fps": 1.0,
+        "output": Output.PNG,
+        "timeout_s": 60.0,
+        "mode": Mode.FAST,
+    }
+    return DecodeRequest(**{**given, **options})
+
+
+def fitted(costs: Costs) -> CostModel:
+    return CostModel.fit(
+        [
+            Probe(mode=mode, pixels=px, seconds=us * px / 1e6, peak_bytes=each * px)
+            for mode, (us, each) in costs.items()
+            for px in (4096, 262144)
+        ]
+    )
+
+
+Measured = Callable[..., DecodeWays]
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
+    """Ways on a device with so much free memory, where decodes took what is given."""
+
+    def make(vae: LoadedVae, *, free: int, costs: Costs | None = None, fast: FastVaes | None = None) -> DecodeWays:
+        monkeypatch.setattr(decode_ways, "free_bytes", lambda _: free)
+        models = CostModels()
+        if costs is not None:
+            monkeypatch.setattr(decode_probes, "fit", lambda *_, **__: fitted(costs))
+            models.get(vae.entry.name, vae.module, channels=4, spatial=8, device=CPU, dtype=torch.float32)
+        return DecodeWays(costs=models, fast=fast or FastVaes(), memory=MemoryModel(), default_mode="exact")
+
+    return make
+
+
+def said(ways: list[How]) -> list[tuple[str, int]]:
+    return [(str(how.rung), how.items_per_call) for how in ways]
+
+
+@pytest.mark.parametrize(
+    ("free", "items", "options", "expected"),
+    [
+        (100 * GB, 2, {}, [("fast", 2), ("fast", 1), ("low_memory", 1), ("lean", 1)]),
+        (100 * GB, 2, {"mode": Mode.EXACT}, [("plain", 2), ("split", 1), ("low_memory", 1), ("lean", 1)]),
+        (100 * GB, 1, {"mode": None}, [("plain", 1), ("low_memory", 1), ("lean", 1)]),
+        (100 * GB, 1, {"allow_tiling": True}, [("fast", 1), ("low_memory", 1), ("lean", 1), ("tiled", 1)]),
+        (20 * GB, 8, {}, [("fast", 4), ("fast", 2), ("fast", 1), ("low_memory", 1), ("lean", 1)]),
+        (4 * GB, 1, {}, [("low_memory", 1), ("lean", 1)]),
+        (4 * GB, 1, {"mode": Mode.EXACT}, [("low_memory", 1), ("lean", 1)]),
+        (1 * GB, 1, {"allow_tiling": True}, [("lean", 1), ("tiled", 1)]),
+    ],
+)
+def test_a_job_begins_with_the_planned_way_and_climbs_from_there(
+    measured: Measured, free: int, items: int, options: dict[str, Any], expected: list[tuple[str, int]]
+) -> None:
+    vae = loaded()
+    assert said(measured(vae, free=free, costs=USUAL).of_job(vae, request(items=items, **options))) == expected
+
+
+def test_the_fastest_way_is_taken_whichever_it_is(measured: Measured) -> None:
+    vae = loaded()
+    slow_fast = {**USUAL, DecodeMode.FAST: (0.99, 4000)}  # no more than two measurements of one way differ by
+    assert said(measured(vae, free=100 * GB, costs=slow_fast).of_job(vae, request()))[0] == ("plain", 1)
+    quick_low = {**USUAL, DecodeMode.LOW_MEMORY: (0.5, 1000)}
+    assert said(measured(vae, free=100 * GB, costs=quick_low).of_job(vae, request()))[0] == ("low_memory", 1)
+
+
+def test_only_a_size_that_was_compiled_is_decoded_compiled(measured: Measured) -> None:
+    vae = loaded(family("one_level"), spatial=1)
+    fast = FastVaes(FastOptions(compile="on"), backend=lambda graph, _: graph.forward)
+    ways = measured(vae, free=100 * GB, costs=USUAL, fast=fast)
+    small = request(items=2, side=64, shape=(2, 4, 64, 64))
+    assert said(ways.of_job(vae, small))[0] == ("fast", 2)
+    made = fast.of(vae.module)
+    assert made is not None
+    with torch.inference_mode():
+        assert made.compiled is not None
+        made.compiled.decoder.prepare(torch.zeros(1, 4, 64, 64))
+    assert said(ways.of_job(vae, small))[:2] == [("compiled", 1), ("low_memory", 1)]
+    assert said(ways.of_job(vae, request(side=72, shape=(1, 4, 72, 72))))[0] == ("fast", 1)
+
+
+def test_where_nothing_was_measured_the_estimate_decides(measured: Measured) -> None:
+    vae = loaded()
+    assert said(measured(vae, free=100 * GB).of_job(vae, request(items=2)))[0] == ("plain", 2)
+    assert said(measured(vae, free=1).of_job(vae, request()))[0] == ("low_memory", 1)
+
+
+def test_a_vae_that_draws_noise_and_an_encode_stay_plain(measured: Measured) -> None:
+    noisy = loaded(vae_class="ConsistencyDecoderVAE")
+    assert said(measured(noisy, free=100 * GB, costs=USUAL).of_job(noisy, request(items=3))) == [("plain", 3)]
+    vae = loaded()
+    ways = measured(vae, free=100 * GB, costs=USUAL).of_job(vae, request(items=2, kind=Kind.ENCODE))
+    assert said(ways) == [("plain", 2), ("split", 1)]
+
+
+def test_a_vae_without_a_fast_way_does_not_take_it_though_it_was_measured(measured: Measured) -> None:
+    vae = loaded()
+    ways = measured(vae, free=100 * GB, costs=USUAL, fast=FastVaes(FastOptions(use="off")))
+    assert said(ways.of_job(vae, request()))[0] == ("plain", 1)
+
+
+def test_a_batch_of_jobs_shares_one_call_of_the_planned_way(measured: Measured) -> None:
+    class Job:
+        def __init__(self) -> None:
+            self.request = request(side=64)
+
+    vae = loaded()
+    works: Any = [Job(), Job(), Job()]
+    how = measured(vae, free=100 * GB, costs=USUAL).of_batch(vae, works)
+    assert how == How(rung=Rung.FAST, items_per_call=3)
+    assert measured(vae, free=100 * GB).of_batch(vae, works) == How(rung=Rung.PLAIN, items_per_call=3)
+
+
+class UngatedWorker(ThreadWorker):
+    """A gate replaces `decode` of the VAE, and such a VAE has no fast way."""
+
+    def _hang_gate(self, vae: Any) -> None:
+        return None
+
+
+@pytest.mark.parametrize("use", ["auto", "off"])
+def test_a_worker_in_mode_fast_decodes_the_fast_way_and_says_so(
+    client: DecodeClient, settings: Settings, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    # measured times differ from machine to machine
+    monkeypatch.setattr(decode_probes, "fit", lambda *_, **__: fitted(USUAL))
+    monkeypatch.setattr(decode_worker, "keep_compiled_in", lambda folder: None)
+    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8), dtype=np.float32)
+    exact, fast, other = (
+        client.submit(latents, vae="sd", output="tensor", mode=mode, provenance=False)
+        for mode in ("exact", "fast", "fast")
+    )
+    with UngatedWorker(settings, mode="fast", max_batch_px=None, fast_path=use):
+        assert len(list(client.as_completed([exact, fast, other], timeout=60))) == 3
+    assert exact.result().decoded_by["rung"] == "plain"
+    assert "fast_path" not in exact.result().decoded_by
+    for job in (fast, other):
+        facts = job.result().decoded_by
+        assert (facts["mode"], facts["dtype"]) == ("fast", "float32")
+        assert facts["rung"] == ("fast" if use == "auto" else "plain")
+        if use == "auto":
+            assert facts["fast_path"] == {"memory_format": "contiguous", "fused_norms": "torch", "compiled": False}
+        assert float(np.abs(exact.array() - job.array()).max()) <= 1e-4
