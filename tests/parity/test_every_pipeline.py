@@ -1,9 +1,10 @@
 """Every pipeline class of the pinned diffusers that offers latents: taken, and decoded as its own last lines would.
 
-Each family has a whole pipeline (`test_families.py`, `test_remote_vae_families.py`). Its other classes are held here
-against lines cut out of diffusers' source (`pipeline_tails.py`): a class of its own may undo its normalisation in its
-own way. Our side starts where a caller starts, with the pipeline object and its latents, and ends with the tensor and
-the pixels a worker makes.
+Each family has a whole pipeline, most have several (`test_families.py`, `test_remote_vae_families.py`,
+`test_other_classes.py`). The classes that have none, since they want models or libraries that the suite does without,
+are held here against lines cut out of diffusers' source (`pipeline_tails.py`): a class of its own may undo its
+normalisation in its own way. Our side starts where a caller starts, with the pipeline object and its latents, and ends
+with the tensor and the pixels a worker makes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from producer.pipeline_table import EXCEPTED, PIPELINES
-from tests.parity.families import CASES
+from tests.parity.families import CASES, OTHERS
 from tests.parity.our_way import our_way
 from tests.parity.tail_cases import entry_name, tail_of
 from tests.parity.whole_pipelines import REMOTE_VAE_PIPELINES
@@ -24,7 +25,7 @@ from tests.parity.whole_pipelines import REMOTE_VAE_PIPELINES
 tails = pytest.importorskip("tests.parity.pipeline_tails", reason="diffusers' pipelines need transformers")
 
 #: Classes with a whole pipeline.
-WHOLE = {case.pipeline.rpartition(".")[2] for case in CASES.values()} | set(REMOTE_VAE_PIPELINES)
+WHOLE = {case.pipeline.rpartition(".")[2] for case in (*CASES.values(), *OTHERS.values())} | set(REMOTE_VAE_PIPELINES)
 #: Classes that decode inside their loop, so that their last lines only postprocess: see test_decodes_of_their_own.py.
 IN_THEIR_LOOP = {"HeliosPyramidPipeline", "Cosmos2_5_TransferPipeline"}
 
