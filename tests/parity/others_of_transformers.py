@@ -1,4 +1,4 @@
-"""Other whole pipelines of the families of pictures with a transformer: from a picture, with a control net, and so on."""
+"""Other whole pipelines of the families of pictures with a transformer: from a picture, with a control net …"""
 
 from __future__ import annotations
 

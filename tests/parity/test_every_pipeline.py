@@ -9,6 +9,7 @@ with the tensor and the pixels a worker makes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from broker_config.vae_catalog import VaeCatalog
 from producer.pipeline_table import EXCEPTED, PIPELINES
 from tests.parity.families import CASES, OTHERS
 from tests.parity.our_way import our_way
@@ -36,6 +38,17 @@ def test_every_class_that_offers_latents_is_taken_or_excepted_by_name_with_a_rea
     assert offered == set(PIPELINES) | set(EXCEPTED)
     assert not set(PIPELINES) & set(EXCEPTED)
     assert all(len(reason) > 20 for reason in EXCEPTED.values())
+
+
+def test_what_the_catalogue_was_read_from_is_in_the_pinned_diffusers() -> None:
+    folder, cited = tails.PIPELINES_FOLDER.parent, 0
+    for name, entry in VaeCatalog.load().items():
+        for path, rest in re.findall(r"((?:pipelines|models|modular_pipelines)/[\w/]+\.py)([^;]*)", entry.source):
+            text = (folder / path).read_text(encoding="utf-8")
+            unknown = [word for word in re.findall(r"\w*_\w+|decode", rest) if word not in text]
+            assert not unknown, f"{name}: {path} has no {unknown}"
+            cited += 1
+    assert cited > 80
 
 
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name not in WHOLE | IN_THEIR_LOOP])

@@ -7,6 +7,7 @@ call's. Nothing of the reference is ours.
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +90,19 @@ def test_rgba_is_in_the_png_and_in_the_webp(references: Callable[[str], Referenc
 def test_latents_that_are_not_contiguous_are_among_these(references: Callable[[str], Reference]) -> None:
     names = ("kandinsky6", "helios", "ltx", "flux2", "bria-fibo", "text-to-video")
     assert not any(references(name).latents.is_contiguous() for name in names)
+
+
+def test_references_know_nothing_of_ours() -> None:
+    parity = Path(__file__).parent
+    names = ("whole_pipelines", "pipeline_tails", "variants", "families", "families_of_*", "others_of_*")
+    files = [path for name in names for path in sorted(parity.glob(f"{name}.py"))]
+    assert len(files) > 10
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            found = [item.name for item in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            ours = [name for name in found if name.partition(".")[0] in ("worker", "producer", "broker_config")]
+            assert not ours, f"{path.name} imports {ours}"
 
 
 def test_the_catalogue_of_this_test_is_ours_with_other_weights(family_catalog: Path) -> None:
