@@ -6,6 +6,9 @@ as the worker recorded them with each job. Encoding overlaps the next decode, so
 ratios are told with the CPU of the worker's process in its place, which is too little wherever the core was not its
 own.
 
+The control is the same two loads at the same time on the same cores, with no queue between: what they take of each
+other (caches, memory, a core that has other work as well) is in it, and what the queue adds is not.
+
 Bound of the wall time: the longer of the two parts, and what cannot overlap: the first prompt before anything can be
 decoded, or the last picture after everything is denoised.
 """
@@ -140,6 +143,27 @@ def endpoint(running: Bench, subject: Subject, *, out: Path) -> Iterator[str]:
         process.communicate()
 
 
+def control(running: Bench, subject: Subject, *, steps: int, count: int, out: Path) -> dict[str, Any]:
+    """Denoising and decoding of a run at the same time, each on its core, and no queue."""
+    cores = {"denoise_only": running.cores.others, "decode_only": running.cores.worker}
+    processes = {
+        name: on_core(
+            core,
+            _command(name, subject, steps=steps, count=count, out=out),
+            running.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for name, core in cores.items()
+    }
+    for process in processes.values():
+        process.stdout.readline()  # it has loaded
+    for process in processes.values():
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    return {name: json.loads(process.communicate()[0].splitlines()[-1]) for name, process in processes.items()}
+
+
 def cpu_s(pid: int) -> float:
     """CPU seconds of a process so far (proc(5): utime and stime)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -154,7 +178,7 @@ def steps_for(running: Bench, subject: Subject, load: Load, *, out: Path) -> int
 
 
 def compare(running: Bench, subject: Subject, load: Load, *, count: int, folder: Path) -> dict[str, Any]:
-    """The three ways, in one run."""
+    """The three ways and the control, in one run."""
     steps = steps_for(running, subject, load, out=folder / "sample")
     run: dict[str, Any] = {"steps": steps, "count": count}
     serial = role(running, "in_process", subject, out=folder / "a", **run)
@@ -165,7 +189,10 @@ def compare(running: Bench, subject: Subject, load: Load, *, count: int, folder:
         before = cpu_s(worker.pid), cpu_s(broker)
         ours = role(running, "farm", subject, out=folder / "c", **run)
         worker_cpu_s, broker_cpu_s = cpu_s(worker.pid) - before[0], cpu_s(broker) - before[1]
+    beside = control(running, subject, out=folder / "control", **run)
     return figures(serial, threaded, ours, worker_cpu_s=worker_cpu_s, broker_cpu_s=broker_cpu_s) | {
+        "control_s": beside,
+        "wall_to_control": ours["wall_s"] / max(part["wall_s"] for part in beside.values()),
         "steps": steps,
         "side_px": subject.side,
         "count": count,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import queue
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,33 @@ def _denoise_cpu() -> list[float]:
     return spent
 
 
+def denoise_only(asked: argparse.Namespace) -> dict[str, Any]:
+    """The denoising of a run and nothing else, beside `decode_only` on the other core."""
+    pipeline = load(asked.pipeline)
+    rows = prompts(asked.count)
+    run = functools.partial(denoise, pipeline, steps=asked.steps, side=asked.side, output_type="latent")
+    run({"prompt": "warm", "seed": 0})
+    return _timed(lambda: [run(row) for row in rows])
+
+
+def decode_only(asked: argparse.Namespace) -> dict[str, Any]:
+    """The decoding and encoding of a run and nothing else, beside `denoise_only` on the other core."""
+    pipeline = load(asked.pipeline)
+    latents = denoise(pipeline, prompts(1)[0], steps=asked.steps, side=asked.side, output_type="latent")
+    pipeline.vae = load_vae(asked.vae)
+    png(decode(pipeline, latents))
+    return _timed(lambda: [png(decode(pipeline, latents)) for _ in range(asked.count)])
+
+
+def _timed(work: Callable[[], object]) -> dict[str, Any]:
+    """Wall time and CPU of `work`, which begins when a line comes in."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+    began, cpu = time.perf_counter(), time.process_time()
+    work()
+    return {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+
+
 def calibrate(asked: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a decode, of a step, and of what a call costs besides."""
     whole = load(asked.pipeline)
@@ -234,6 +262,8 @@ def calibrate(asked: argparse.Namespace) -> dict[str, Any]:
 
 ROLES = {
     "calibrate": calibrate,
+    "denoise_only": denoise_only,
+    "decode_only": decode_only,
     "in_process": in_process,
     "thread_queue": thread_queue,
     "endpoint": endpoint,

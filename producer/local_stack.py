@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import ConfigurationError
 from broker_config.settings import Settings
 from broker_config.supported_servers import verify_server
-from producer.supervisor import EXIT_UNUSABLE, Supervisor
+from producer.supervisor import EXIT_UNUSABLE, Supervisor, sharing_cores
 
 _WATCH_S = 0.3
 NEEDED_FOR_WEBHOOKS: Final = "LATENTQ_PUBLIC_URL and LATENTQ_LINK_KEY"
@@ -140,4 +141,6 @@ class LocalStack:
                 command += ["--vae", vae]
             if self._device:
                 command += ["--device", self._device]
-            self._supervisor.start(f"worker {number + 1}", command, environment=environment)
+            self._supervisor.start(
+                f"worker {number + 1}", command, environment=sharing_cores({**os.environ, **environment})
+            )

@@ -14,7 +14,7 @@ from typing import Final
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
 from producer.pipeline_table import EXCEPTED
 from producer.pipelines import served_by
-from tests.parity.families import CASES
+from tests.parity.families import CASES, OTHERS
 from tests.parity.whole_pipelines import REMOTE_VAE_PIPELINES
 
 ROOT: Final = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def families() -> str:
         pipelines, run = served.get(name, []), whole.get(name, [])
         lines.append(
             f"| `{name}` | {entry.vae_class} | {_layouts(entry)} | {_states(entry)} | {entry.dtype} | "
-            f"{_TILING.get(entry.vae_class, 'opt-in')} | {len(pipelines) or '–'} | {', '.join(run) or '–'} | "
+            f"{_TILING.get(entry.vae_class, 'opt-in')} | {len(pipelines) or '–'} | {len(run) or '–'} | "
             f"{_tests(name, others=set(pipelines) - set(run))} |"
         )
     return "\n".join(lines)
@@ -56,7 +56,7 @@ def families() -> str:
 def whole_pipelines() -> dict[str, list[str]]:
     """Catalogue entry → pipelines that the parity suite builds and calls whole."""
     found: dict[str, list[str]] = {}
-    for case in CASES.values():
+    for case in (*CASES.values(), *OTHERS.values()):
         _add(found, case.vae, case.pipeline.rpartition(".")[2])
     for pipeline, name in REMOTE_VAE_PIPELINES.items():
         _add(found, name, pipeline)
@@ -71,9 +71,11 @@ def _add(found: dict[str, list[str]], name: str, pipeline: str) -> None:
 
 def pipelines() -> str:
     """The pipelines of each family, and those that are not taken."""
-    lines = ["| family of | pipelines |", "|---|---|"]
+    lines = ["| family of | called whole | held to their last lines |", "|---|---|---|"]
+    run = {name for found in whole_pipelines().values() for name in found}
     for name, found in sorted(_pipelines_by_vae().items()):
-        lines.append(f"| `{name}` | {', '.join(sorted(found))} |")
+        whole, others = (", ".join(sorted(part)) or "–" for part in (run & set(found), set(found) - run))
+        lines.append(f"| `{name}` | {whole} | {others} |")
     lines += ["", "| not taken | because of its latents |", "|---|---|"]
     lines += [f"| {name} | {reason} |" for name, reason in sorted(EXCEPTED.items())]
     return "\n".join(lines)
@@ -108,8 +110,10 @@ def _tests(name: str, *, others: set[str]) -> str:
         others: its pipelines that are not called whole, which are in the test of every class.
     """
     whole = any(name == case.vae for case in CASES.values())
-    remote = name in whole_pipelines() and not whole
-    found = ["test_families"] * whole + ["test_remote_vae_families"] * remote + ["test_every_pipeline"] * bool(others)
+    remote = name in REMOTE_VAE_PIPELINES.values() and not whole
+    more = any(name == case.vae for case in OTHERS.values())
+    found = ["test_families"] * whole + ["test_remote_vae_families"] * remote + ["test_other_classes"] * more
+    found += ["test_every_pipeline"] * bool(others)
     found += [path.stem for path in sorted(PARITY.glob("test_*.py")) if name in _strings(path)]
     return ", ".join(f"`{item}`" for item in dict.fromkeys(found)) or "none"
 

@@ -11,6 +11,7 @@ import typer
 
 from broker_config.logs import configure_logging
 from broker_config.settings import load_settings
+from producer.supervisor import sharing_cores
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -82,4 +83,5 @@ def bench(context: typer.Context) -> None:
 
 def become(module: str, arguments: list[str]) -> NoReturn:
     """Replaces this process, so that signals and the exit status are the service's own."""
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606  no shell is involved
+    command = [sys.executable, "-m", module, *arguments]
+    os.execve(sys.executable, command, sharing_cores(os.environ))  # noqa: S606  no shell is involved

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from broker_config.errors import ConfigurationError, LatentqError
 from producer.prompt_farm.events import Ended, Restarted, error_from_wire, from_wire
 from producer.prompt_farm.facts import PipelineFacts
-from producer.supervisor import dying_with_parent
+from producer.supervisor import dying_with_parent, sharing_cores
 
 if TYPE_CHECKING:
     from producer.prompt_farm.run import Run
@@ -79,7 +79,7 @@ class ProcessGenerator:
             "dtype": dtype,
             "compile": compiled,
         }
-        self._environment = dict(environment)
+        self._environment = sharing_cores(environment)
         #: What the first process said, or why it refused.
         self.ready: Future[Ready] = Future()
         self._begun = threading.Event()

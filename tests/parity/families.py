@@ -1,10 +1,12 @@
-"""Every family's whole pipelines, and what diffusers makes of each: the reference of the parity tests."""
+"""The whole pipelines of every family, and what diffusers makes of each: the reference of the parity tests."""
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,13 @@ from tests.parity import (
     families_of_pictures,
     families_of_sections,
     families_of_tokens,
+    others_of_clips,
+    others_of_transformers,
+    others_of_unets,
 )
-from tests.parity.whole_pipelines import Whole, build, call
+from tests.parity.whole_pipelines import Whole, build, call, diffusers_class
 
-#: Case → pipeline.
+#: Case → pipeline: one of each family, or more where it has several layouts.
 CASES: Mapping[str, Whole] = {
     **families_of_pictures.CASES,
     **families_of_tokens.CASES,
@@ -30,6 +35,8 @@ CASES: Mapping[str, Whole] = {
     **families_of_other_vaes.CASES,
     **families_of_sections.CASES,
 }
+#: The same of the families' other classes.
+OTHERS: Mapping[str, Whole] = {**others_of_unets.CASES, **others_of_transformers.CASES, **others_of_clips.CASES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +56,20 @@ def reference(case: Whole, vae: Any) -> Reference:
     """What the pipeline makes of two calls with the same seed."""
     pipeline = build(case, vae)
     latents = call(pipeline, case, "latent")
-    caught = _note_postprocessed(pipeline)
+    caught, returned = _note_postprocessed(pipeline), _note_returned(pipeline.vae)
     pictures = call(pipeline, case, "pil")
     return Reference(
         pipeline=pipeline,
         latents=latents,
-        decoded=caught[0],
+        decoded=(caught or returned)[0],
         pixels=np.stack([pixels_of(item) for item in pictures]),
     )
+
+
+def reference_in(folder: Path, case: Whole) -> Reference:
+    """`reference` with the VAE that a worker loads: from beside the catalogue."""
+    vae_class = json.loads((folder / case.vae / "config.json").read_text())["_class_name"]
+    return reference(case, diffusers_class(vae_class).from_pretrained(folder / case.vae, low_cpu_mem_usage=False))
 
 
 def pixels_of(made: Any) -> npt.NDArray[np.uint8]:
@@ -76,6 +89,20 @@ def _note_postprocessed(pipeline: Any) -> list[torch.Tensor]:
             method = getattr(getattr(pipeline, owner, None), name, None)
             if method is not None:
                 setattr(getattr(pipeline, owner), name, functools.partial(_noted, notes, method))
+    return notes
+
+
+def _note_returned(vae: Any) -> list[torch.Tensor]:
+    """The same of what the VAE returns: of pipelines that postprocess by themselves."""
+    notes: list[torch.Tensor] = []
+    decode = vae.decode
+
+    def noting(*args: Any, **options: Any) -> Any:
+        made = decode(*args, **options)
+        notes.append(made[0].clone())
+        return made
+
+    vae.decode = noting
     return notes
 
 

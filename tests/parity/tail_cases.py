@@ -162,55 +162,20 @@ def cogvideox(tail: Tail, vae: Any) -> Tail:
     return replace(tail, known=tail.known | own)
 
 
-def hunyuan_image_to_video(tail: Tail, vae: Any) -> Tail:
-    own = {"self_vae_scaling_factor": vae.config.scaling_factor, "image_condition_type": "token_replace"}
-    return replace(tail, known=tail.known | own)
-
-
-def many_frames(**known: Any) -> Callable[[Tail, Any], Tail]:
-    """18 frames in all: more than the 16 that AnimateDiff decodes at a time."""
-    return lambda tail, _: replace(tail, shape=(2, 4, 9, ROWS, COLUMNS), known=tail.known | known)
-
-
 _LTX2 = (
-    "LTX2ConditionPipeline",
-    "LTX2InContextPipeline",
-    "LTX2ImageToVideoPipeline",
     "LTX2DFRPipeline",
     "LTX2DFRTemporalRefinePipeline",
 )
-_CHUNKED = "AnimateDiffControlNet AnimateDiffVideoToVideo AnimateDiffVideoToVideoControlNet AnimateDiffPAG"
 OWN: dict[str, Callable[[Tail, Any], Tail]] = {
     **{name: denormalised(name) for name in _LTX2},
-    **{f"{name}Pipeline": many_frames(decode_chunk_size=16) for name in _CHUNKED.split()},
-    "AnimateDiffSDXLPipeline": many_frames(needs_upcasting=False),
-    "AnimateDiffSparseControlNetPipeline": many_frames(),
-    "PIAPipeline": many_frames(),
-    "VideoToVideoSDPipeline": many_frames(),
     "StableVideoDiffusionPipeline": with_known(needs_upcasting=False, num_frames=FRAMES, decode_chunk_size=FRAMES),
-    "LTXPipeline": ltx,
-    "LTXImageToVideoPipeline": ltx,
     "LTXConditionPipeline": ltx,
     "LTX2LatentUpsamplePipeline": ltx,
     "CogVideoXPipeline": cogvideox,
-    "CogVideoXImageToVideoPipeline": cogvideox,
-    "CogVideoXFunControlPipeline": cogvideox,
-    "CogVideoXVideoToVideoPipeline": cogvideox,
-    "HunyuanVideoImageToVideoPipeline": hunyuan_image_to_video,
-    # autoencoder_kl_hunyuanvideo15.py prepare_causal_attention_mask has no room for a second clip
-    "HunyuanVideo15ImageToVideoPipeline": lambda tail, _: replace(tail, shape=(1, *tail.shape[1:])),
     "LTXLatentUpsamplePipeline": upsampled,
-    "FluxControlNetInpaintPipeline": with_known(global_height=ROWS * 8, global_width=COLUMNS * 8),
-    "LongCatImageEditPipeline": with_known(calculated_height=ROWS * 8, calculated_width=COLUMNS * 8),
-    "LatentConsistencyModelPipeline": lambda tail, _: replace(tail, variable="denoised"),
-    "LatentConsistencyModelImg2ImgPipeline": lambda tail, _: replace(tail, variable="denoised"),
-    "StableDiffusionPanoramaPipeline": with_known(circular_padding=False),
-    "SkyReelsV2DiffusionForcingImageToVideoPipeline": with_known(last_image=None),
     # The caller's own clip comes before what is decoded: here it is empty.
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": with_known(
         video_original=torch.zeros(2, 3, 0, ROWS * 8, COLUMNS * 8)
     ),
-    # Tokens of one latent pixel: a view of (B, C, h, w), as `_pack_latents` leaves them.
-    "BriaFiboEditPipeline": with_known(do_patching=False, permutation=(0, 2, 1)),
     "AnyFlowFARPipeline": with_known(permutation=(0, 2, 1, 3, 4)),
 }

@@ -1,13 +1,15 @@
 """Every pipeline class of the pinned diffusers that offers latents: taken, and decoded as its own last lines would.
 
-Each family has a whole pipeline (`test_families.py`, `test_remote_vae_families.py`). Its other classes are held here
-against lines cut out of diffusers' source (`pipeline_tails.py`): a class of its own may undo its normalisation in its
-own way. Our side starts where a caller starts, with the pipeline object and its latents, and ends with the tensor and
-the pixels a worker makes.
+Each family has a whole pipeline, most have several (`test_families.py`, `test_remote_vae_families.py`,
+`test_other_classes.py`). The classes that have none, since they want models or libraries that the suite does without,
+are held here against lines cut out of diffusers' source (`pipeline_tails.py`): a class of its own may undo its
+normalisation in its own way. Our side starts where a caller starts, with the pipeline object and its latents, and ends
+with the tensor and the pixels a worker makes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from broker_config.vae_catalog import VaeCatalog
 from producer.pipeline_table import EXCEPTED, PIPELINES
-from tests.parity.families import CASES
+from tests.parity.families import CASES, OTHERS
 from tests.parity.our_way import our_way
 from tests.parity.tail_cases import entry_name, tail_of
 from tests.parity.whole_pipelines import REMOTE_VAE_PIPELINES
@@ -24,7 +27,7 @@ from tests.parity.whole_pipelines import REMOTE_VAE_PIPELINES
 tails = pytest.importorskip("tests.parity.pipeline_tails", reason="diffusers' pipelines need transformers")
 
 #: Classes with a whole pipeline.
-WHOLE = {case.pipeline.rpartition(".")[2] for case in CASES.values()} | set(REMOTE_VAE_PIPELINES)
+WHOLE = {case.pipeline.rpartition(".")[2] for case in (*CASES.values(), *OTHERS.values())} | set(REMOTE_VAE_PIPELINES)
 #: Classes that decode inside their loop, so that their last lines only postprocess: see test_decodes_of_their_own.py.
 IN_THEIR_LOOP = {"HeliosPyramidPipeline", "Cosmos2_5_TransferPipeline"}
 
@@ -35,6 +38,17 @@ def test_every_class_that_offers_latents_is_taken_or_excepted_by_name_with_a_rea
     assert offered == set(PIPELINES) | set(EXCEPTED)
     assert not set(PIPELINES) & set(EXCEPTED)
     assert all(len(reason) > 20 for reason in EXCEPTED.values())
+
+
+def test_what_the_catalogue_was_read_from_is_in_the_pinned_diffusers() -> None:
+    folder, cited = tails.PIPELINES_FOLDER.parent, 0
+    for name, entry in VaeCatalog.load().items():
+        for path, rest in re.findall(r"((?:pipelines|models|modular_pipelines)/[\w/]+\.py)([^;]*)", entry.source):
+            text = (folder / path).read_text(encoding="utf-8")
+            unknown = [word for word in re.findall(r"\w*_\w+|decode", rest) if word not in text]
+            assert not unknown, f"{name}: {path} has no {unknown}"
+            cited += 1
+    assert cited > 80
 
 
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name not in WHOLE | IN_THEIR_LOOP])

@@ -1,4 +1,4 @@
-"""Whole pipelines of every family, through the queue: a worker sends back what they would have returned.
+"""A whole pipeline of every family, through the queue: a worker sends back what it would have returned.
 
 Given a diffusers pipeline of tiny random parts; when it is called once for latents and once more, with the same seed,
 for pictures; and the latents are submitted with `pipeline=`; then tensor and pixels that come back are the second
@@ -7,21 +7,20 @@ call's. Nothing of the reference is ours.
 
 from __future__ import annotations
 
+import ast
 import functools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from broker_config.vae_catalog import VaeCatalog
 from producer.pipeline_table import PIPELINES
 from producer.pipelines import served_by
-from tests.parity.families import CASES, Reference, reference
-from tests.parity.whole_pipelines import REMOTE_VAE_PIPELINES, diffusers_class
+from tests.parity.families import CASES, Reference, reference_in
+from tests.parity.through_the_queue import assert_a_worker_makes_the_same
+from tests.parity.whole_pipelines import REMOTE_VAE_PIPELINES
 from tests.support.serving import Serving, serving
 from tests.support.tiny_families import write_family_catalog
 
@@ -46,13 +45,7 @@ def families(family_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def references(family_catalog: Path, pipelines_importable: None) -> Iterator[Callable[[str], Reference]]:
     """The reference of a case, made once."""
 
-    def made_of(name: str) -> Reference:
-        folder = family_catalog.parent / CASES[name].vae
-        vae_class = json.loads((folder / "config.json").read_text())["_class_name"]
-        vae: Any = diffusers_class(vae_class).from_pretrained(folder, low_cpu_mem_usage=False)
-        return reference(CASES[name], vae)
-
-    made = functools.cache(made_of)
+    made = functools.cache(lambda name: reference_in(family_catalog.parent, CASES[name]))
     yield made
     made.cache_clear()
 
@@ -64,22 +57,7 @@ def references(family_catalog: Path, pipelines_importable: None) -> Iterator[Cal
 def test_a_worker_sends_back_what_the_pipeline_would_have_returned(
     name: str, references: Callable[[str], Reference], families: Serving
 ) -> None:
-    case, expected = CASES[name], references(name)
-    assert len(expected.latents) == case.batch
-    assert len(np.unique(expected.pixels)) > 16, "a flat picture is equal to any other"
-    given = {"pipeline": expected.pipeline, **case.given}
-    job = families.decode(expected.latents, output="tensor", **given)
-    made = job.tensor()
-    assert made.dtype == expected.decoded.dtype == torch.float32
-    # pipelines differ in whether one picture is a clip of one frame, and one clip a list of itself
-    decoded = expected.decoded.reshape(made.shape)
-    assert torch.allclose(made, decoded, atol=1e-5) if case.rounds else torch.equal(made, decoded)
-    assert job.snapshot().vae == case.vae
-    job.ack()
-    pixels_job = families.decode(expected.latents, output="uint8", **given)
-    pixels = pixels_job.array()
-    assert np.abs(pixels.astype(int) - expected.pixels.reshape(pixels.shape)).max() <= int(case.rounds)
-    pixels_job.ack()
+    assert_a_worker_makes_the_same(families, CASES[name], references(name))
 
 
 def test_every_family_has_a_whole_pipeline() -> None:
@@ -112,6 +90,19 @@ def test_rgba_is_in_the_png_and_in_the_webp(references: Callable[[str], Referenc
 def test_latents_that_are_not_contiguous_are_among_these(references: Callable[[str], Reference]) -> None:
     names = ("kandinsky6", "helios", "ltx", "flux2", "bria-fibo", "text-to-video")
     assert not any(references(name).latents.is_contiguous() for name in names)
+
+
+def test_references_know_nothing_of_ours() -> None:
+    parity = Path(__file__).parent
+    names = ("whole_pipelines", "pipeline_tails", "variants", "families", "families_of_*", "others_of_*")
+    files = [path for name in names for path in sorted(parity.glob(f"{name}.py"))]
+    assert len(files) > 10
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            found = [item.name for item in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            ours = [name for name in found if name.partition(".")[0] in ("worker", "producer", "broker_config")]
+            assert not ours, f"{path.name} imports {ours}"
 
 
 def test_the_catalogue_of_this_test_is_ours_with_other_weights(family_catalog: Path) -> None:

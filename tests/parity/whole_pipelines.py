@@ -171,7 +171,8 @@ def call(pipeline: Any, case: Whole, output_type: str) -> Any:
                 pipeline(**{**given, "callback_on_step_end": take, **arguments})
             return seen[-1]
         made = pipeline(**{**given, **arguments})
-    first = made[0] if isinstance(made, tuple) else made
+    # The inpainting pipelines of Stable Diffusion XL and others return latents in their output class, whatever is asked
+    first = made[0] if isinstance(made, tuple | Mapping) else made
     # Framepack: everything so far, after each section
     return first[-1] if output_type == "latent" and isinstance(first, list) else first
 

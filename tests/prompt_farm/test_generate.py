@@ -112,6 +112,8 @@ def test_a_generator_that_is_killed_is_started_again(
     process = command.start("--max-ahead", "2", pipeline=pipeline_folder, prompts=prompts, out=out)
     assert worker.gate.reached.wait(_BOUND_S)
     (child,) = children_of(process.pid)
+    told = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    assert b"OMP_WAIT_POLICY=PASSIVE" in told, "a worker may compute on the same cores"
     os.kill(child, signal.SIGKILL)
     worker.gate.open()
     assert process.wait(_BOUND_S) == 0, command.log.read_text()

@@ -39,7 +39,8 @@ def _statistics(count: int, *, seed: int) -> dict[str, list[float]]:
 
 #: Class → config, where it does not depend on the entry beyond channels and compression.
 _LEVELS: Final = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
-_HUNYUAN: Final = {"block_out_channels": (32, 32, 32, 32, 32), "layers_per_block": 1}
+#: Their encoders average the last channels to twice the latent ones.
+_HUNYUAN: Final = {"block_out_channels": (32, 32, 32, 32, 64), "layers_per_block": 1}
 _WAN: Final = {
     "base_dim": 8,
     "dim_mult": [1, 1, 1, 1],
@@ -88,8 +89,7 @@ _CONFIGS: Final[Mapping[str, Mapping[str, Any]]] = {
         "scaling_factor": 0.75289,
     },
     "AutoencoderKLHunyuanImageRefiner": {
-        "block_out_channels": (32, 32, 32, 32, 64),  # the encoder averages these to twice the latent channels
-        "layers_per_block": 1,
+        **_HUNYUAN,
         "spatial_compression_ratio": 16,
         "temporal_compression_ratio": 4,
         "scaling_factor": 1.03682,
