@@ -2,22 +2,26 @@
 
 diffusers' own `decode` keeps every frame, and some append each group to all before it, so their memory grows with the
 clip and their copies with the square of it. The steps here are the same, in the same order and on the same state; so
-are the bits. Why the other video VAEs are not here: docs/decode-speed.md.
+are the bits. Why the other video VAEs are not here: docs/decode-speed.md. The low-memory decoder has groups of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-Groups = Generator[torch.Tensor, None, None]
+from worker.lowmem_decode import LowMemoryVae
+
+Groups = Iterator[torch.Tensor]
 
 
 def can_stream(vae: Any) -> bool:
     """Whether `stream_frames` knows this VAE, as it is set up: tiles are decoded over the whole clip."""
+    if isinstance(vae, LowMemoryVae):
+        return vae.streams
     return type(vae).__name__ in _STREAMS and not vae.use_tiling
 
 
@@ -33,6 +37,8 @@ def stream_frames(vae: Any, latents: torch.Tensor) -> Groups:
     Yields:
         (1, 3, n, H, W), in order.
     """
+    if isinstance(vae, LowMemoryVae):
+        return vae.stream(latents)
     return _STREAMS[type(vae).__name__](vae, latents)
 
 

@@ -1,6 +1,6 @@
-"""Exact decode in a fraction of the memory: operator by operator, in strips of rows, on the modules diffusers loads."""
+"""Exact decode in a fraction of the memory: in strips of rows, on the modules diffusers loads."""
 
-from worker.lowmem_decode.decoder import decode, largest_bytes, supports, working_bytes
+from worker.lowmem_decode.by_class import decode, largest_bytes, stream, supports, working_bytes
 from worker.lowmem_decode.low_memory_vae import LowMemoryVae
 from worker.lowmem_decode.structure import UnsupportedStructure
 
@@ -8,6 +8,7 @@ __all__ = [
     # decoding
     "LowMemoryVae",
     "decode",
+    "stream",
     "supports",
     # arithmetic beforehand
     "largest_bytes",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from worker.lowmem_decode.decoder import decode
+from worker.lowmem_decode.by_class import can_stream, decode, stream
 
 
 class LowMemoryVae:
@@ -23,7 +24,16 @@ class LowMemoryVae:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
-    def decode(self, z: torch.Tensor, *, return_dict: bool) -> tuple[torch.Tensor]:
+    def decode(self, z: torch.Tensor, *, return_dict: bool, temb: torch.Tensor | None = None) -> tuple[torch.Tensor]:
         """`(sample,)`, as `module.decode(z, return_dict=False)` gives it."""
         assert not return_dict
-        return (decode(self._module, z, lean=self._lean),)
+        return (decode(self._module, z, lean=self._lean, temb=temb),)
+
+    @property
+    def streams(self) -> bool:
+        """Whether `stream` can be called."""
+        return can_stream(self._module)
+
+    def stream(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What `decode` returns for one clip, (1, C, f, h, w), in groups of frames (1, 3, n, H, W)."""
+        return stream(self._module, z)
