@@ -2,13 +2,13 @@
 
 diffusers' own `decode` keeps every frame, and some append each group to all before it, so their memory grows with the
 clip and their copies with the square of it. The steps here are the same, in the same order and on the same state; so
-are the bits. The low-memory decoder hands out frames likewise. Why the other video VAEs are not here:
+are the bits. The low-memory decoder hands out groups of its own. Why the other video VAEs are not here:
 docs/decode-speed.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from worker.lowmem_decode import LowMemoryVae
 from worker.time_groups import blended_tiles, group_spans
 
-Groups = Generator[torch.Tensor, None, None]
+Groups = Iterator[torch.Tensor]
 
 
 def can_stream(vae: Any) -> bool:
@@ -39,6 +39,8 @@ def stream_frames(vae: Any, latents: torch.Tensor) -> Groups:
     Yields:
         (1, 3, n, H, W), in order.
     """
+    if isinstance(vae, LowMemoryVae):
+        return vae.stream(latents)
     return _STREAMS[type(vae).__name__](vae, latents)
 
 
@@ -112,18 +114,12 @@ def _hunyuan_video(vae: Any, latents: torch.Tensor) -> Groups:
     yield from blended_tiles(vae, latents, lambda tile: vae.decoder(vae.post_quant_conv(tile)))
 
 
-def _low_memory(vae: Any, latents: torch.Tensor) -> Groups:
-    """As the low-memory decoder makes them: a tile of HunyuanVideo, a group of CogVideoX, a latent frame of Mochi."""
-    yield from vae.stream(latents)
-
-
 #: Classes whose decode is such a loop, of diffusers 0.42.
 _STREAMS: Final[Mapping[str, Callable[[Any, torch.Tensor], Groups]]] = {
     "AutoencoderKLWan": _wan,
     "AutoencoderKLCogVideoX": _cogvideox,
     "AutoencoderKLHunyuanVideo": _hunyuan_video,
     "AutoencoderKLMagvit": _magvit,
-    "LowMemoryVae": _low_memory,
 }
 
 #: Frames of one group, or of one tile before it is cut, of classes whose own decode makes them one after the other.

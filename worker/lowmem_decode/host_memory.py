@@ -13,6 +13,8 @@ import ctypes
 import functools
 from typing import Any, Final
 
+import torch
+
 #: Of malloc.h.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -20,6 +22,8 @@ _M_MMAP_THRESHOLD: Final = -3
 LARGEST_IN_HEAP_BYTES: Final = 32 << 20
 #: Free memory at the end of the heap that stays there until `give_back`: all strips of a step.
 _KEPT_BYTES: Final = 512 << 20
+#: What a decode takes on a CPU besides its activations: oneDNN's and the BLAS's own buffers, code they generate.
+_ASIDE_BYTES: Final = 16 << 20
 
 
 @functools.cache
@@ -47,3 +51,12 @@ def give_back() -> None:
     libc = _libc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def probe(needed_bytes: int, like: torch.Tensor) -> None:
+    """Fails where the address space is too small, while failing is harmless: oneDNN crashes when it gets no memory.
+
+    The memory is not touched, so it is not taken either.
+    """
+    if like.device.type == "cpu":
+        torch.empty(needed_bytes + _ASIDE_BYTES, dtype=torch.uint8)

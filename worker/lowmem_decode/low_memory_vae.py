@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from worker.lowmem_decode.decoder import can_stream, decode, stream
+from worker.lowmem_decode.by_class import can_stream, decode, stream
 
 
 class LowMemoryVae:
@@ -24,10 +24,10 @@ class LowMemoryVae:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
-    def decode(self, z: torch.Tensor, *, return_dict: bool) -> tuple[torch.Tensor]:
+    def decode(self, z: torch.Tensor, *, return_dict: bool, temb: torch.Tensor | None = None) -> tuple[torch.Tensor]:
         """`(sample,)`, as `module.decode(z, return_dict=False)` gives it."""
         assert not return_dict
-        return (decode(self._module, z, lean=self._lean),)
+        return (decode(self._module, z, lean=self._lean, temb=temb),)
 
     @property
     def can_stream(self) -> bool:

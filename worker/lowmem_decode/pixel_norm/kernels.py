@@ -1,0 +1,117 @@
+"""What a convolution does to a window of rows.
+
+A window is (frames, rows, W, C): the rows of a strip with one more above and below, and the frames with those that the
+convolution sees beside them. A convolution over three frames is run as one over pictures whose channels are those of
+the three, one after the other: the sums are the same, and kernels for pictures are faster on most devices.
+Weights are brought into the form a kernel takes at each call: kept in that form, they would be there twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+
+class Kernel(Protocol):
+    """A convolution as it is run."""
+
+    #: Frames a window has more than its result.
+    frames_beside: int
+    #: Rows and columns of the result for one of the input.
+    factor: int
+    in_channels: int
+    out_channels: int
+
+    def __call__(self, window: torch.Tensor, *, columns_padded: bool) -> torch.Tensor:
+        """(f + frames_beside, h + 2, W, C) to (f, h · factor, W · factor, out_channels).
+
+        Args:
+            window: as above. A single frame of a kernel over three: the two before it are zeros.
+            columns_padded: whether the window has a column more on either side; otherwise they are zeros.
+        """
+        ...
+
+
+class Conv3x3x3:
+    """Three frames, three rows, three columns."""
+
+    frames_beside = 2
+    factor = 1
+
+    def __init__(self, conv: Any) -> None:
+        self.conv = conv
+        self.in_channels = int(conv.in_channels)
+        self.out_channels = int(conv.out_channels)
+
+    def __call__(self, window: torch.Tensor, *, columns_padded: bool) -> torch.Tensor:
+        weight = self.conv.weight
+        if len(window) == 1:  # zeros times the other weights are zeros
+            pictures, taps = window, weight[:, :, 2]
+        else:
+            frames = len(window) - 2
+            pictures = torch.cat([window[:frames], window[1 : frames + 1], window[2:]], dim=-1)
+            # O, C, frames, rows, columns → O, frames · C, rows, columns
+            taps = weight.transpose(1, 2).flatten(1, 2)
+        return _convolved(pictures, taps, self.conv.bias, columns=0 if columns_padded else 1)
+
+
+class NearestConv3x3:
+    """Nearest-neighbour upsample by two, then a 3×3 convolution with padding=1, frame by frame.
+
+    An output pixel sees only 2×2 different input pixels, so four kernels of 2×2 whose weights are sums of the nine do
+    the same with 4/9 of the multiplications.
+
+    Source of what it replaces: diffusers autoencoder_kl_wan.py `WanResample` (`resample`).
+    """
+
+    frames_beside = 0
+    factor = 2
+
+    def __init__(self, conv: Any) -> None:
+        self.conv = conv
+        self.in_channels = int(conv.in_channels)
+        self.out_channels = int(conv.out_channels)
+
+    def __call__(self, window: torch.Tensor, *, columns_padded: bool) -> torch.Tensor:
+        assert not columns_padded
+        frames, height, width, _ = window.shape
+        height -= 2
+        conv = self.conv
+        bias = None if conv.bias is None else torch.cat([conv.bias, conv.bias])
+        out = window.new_empty(frames, height, 2, width, 2, self.out_channels)
+        # Output row 2i sees input rows i-1, i, i; row 2i+1 sees i, i, i+1. The same for columns.
+        for odd, taps in enumerate(_pairs(conv.weight.float(), dim=2)):
+            weight = torch.cat(_pairs(taps, dim=3)).to(conv.weight.dtype)
+            both = _convolved(window[:, odd : odd + height + 1], weight, bias, columns=1)
+            out[:, :, odd, :, 0] = both[:, :, :width, : self.out_channels]
+            out[:, :, odd, :, 1] = both[:, :, 1:, self.out_channels :]
+        return out.view(frames, height * 2, width * 2, self.out_channels)
+
+
+def frames_conv(conv: Any, window: torch.Tensor) -> torch.Tensor:
+    """A convolution over three frames of a pixel: (f + 2, h, W, C) to (f, h, W, out_channels)."""
+    frames = len(window) - 2
+    stacked = torch.cat([window[:frames], window[1 : frames + 1], window[2:]], dim=-1)
+    return F.linear(stacked, conv.weight[..., 0, 0].transpose(1, 2).flatten(1), conv.bias)
+
+
+def pointwise(conv: Any, strip: torch.Tensor) -> torch.Tensor:
+    """A convolution of one pixel."""
+    return F.linear(strip, conv.weight.flatten(1), conv.bias)
+
+
+def _convolved(
+    pictures: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, columns: int
+) -> torch.Tensor:
+    """(n, h, W, C) to (n, h', W', O)."""
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    out = F.conv2d(pictures.permute(0, 3, 1, 2), weight, bias, padding=(0, columns))
+    return out.permute(0, 2, 3, 1).contiguous()
+
+
+def _pairs(taps: torch.Tensor, *, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three taps as the two of the even output positions and the two of the odd ones."""
+    first, middle, last = torch.split(taps, 1, dim)
+    return torch.cat([first, middle + last], dim), torch.cat([first + middle, last], dim)
