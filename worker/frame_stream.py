@@ -8,7 +8,7 @@ docs/decode-speed.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Final
 
 import torch
@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from worker.lowmem_decode import LowMemoryVae
 from worker.time_groups import blended_tiles, group_spans
 
-Groups = Iterator[torch.Tensor]
+Groups = Generator[torch.Tensor, None, None]
 
 
 def can_stream(vae: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def can_stream(module: Any) -> bool:
     return decoder.can_stream(module)
 
 
-def stream(module: Any, z: torch.Tensor, *, lean: bool = False) -> Iterator[torch.Tensor]:
+def stream(module: Any, z: torch.Tensor, *, lean: bool = False) -> Generator[torch.Tensor, None, None]:
     """The frames of `decode(module, z)` for one clip, in groups, each as soon as it is there.
 
     Args:

@@ -7,8 +7,8 @@ Clips are decoded in the pieces of time that `decode_plan` says: the activations
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import torch
 
@@ -21,14 +21,11 @@ from worker.lowmem_decode.decode_plan import (
     plan_decode,
 )
 from worker.lowmem_decode.frame_caches import FrameCaches
-from worker.lowmem_decode.host_memory import expect_strips, give_back
+from worker.lowmem_decode.host_memory import expect_strips, give_back, probe
 from worker.lowmem_decode.item_decode import ItemDecode
 from worker.lowmem_decode.structure import read
 from worker.lowmem_decode.structure_checks import UnsupportedStructure
 from worker.time_groups import blended_tiles
-
-#: What a decode takes on a CPU besides its activations: oneDNN's and the BLAS's own buffers, code they generate.
-_ASIDE_BYTES: Final = 16 << 20
 
 OnProgress = Callable[[float], None]
 
@@ -81,7 +78,7 @@ def can_stream(module: Any) -> bool:
     return read(module).parts.is_clip
 
 
-def stream(module: Any, z: torch.Tensor, *, lean: bool = False) -> Iterator[torch.Tensor]:
+def stream(module: Any, z: torch.Tensor, *, lean: bool = False) -> Generator[torch.Tensor, None, None]:
     """The frames of `decode(module, z)` for one clip, in groups, each as soon as it is there.
 
     Args:
@@ -146,7 +143,7 @@ class _Run:
         self._progress = _Progress(self._plan.cost(inners) * len(z), on_progress)
         self._on_host = z.device.type == "cpu"
         if self._on_host:
-            _probe(self._plan.peak_bytes)
+            probe(self._plan.peak_bytes)
             expect_strips(self._plan.strip_bytes)
 
     def picture(self, z: torch.Tensor) -> torch.Tensor:
@@ -167,7 +164,7 @@ class _Run:
             out[:, :, first : first + frames.shape[2]] = frames
             first += frames.shape[2]
 
-    def groups(self, item: torch.Tensor) -> Iterator[torch.Tensor]:
+    def groups(self, item: torch.Tensor) -> Generator[torch.Tensor, None, None]:
         """The frames of one clip (1, C, f, h, w), in groups."""
         if self._program.parts.over_time == "tiles":
             yield from blended_tiles(self._module, item, lambda tile: self._decoded(tile, None))
@@ -217,11 +214,3 @@ class _Progress:
                 self._told(min(1.0, self._done / self._total))
 
         return tick
-
-
-def _probe(needed_bytes: int) -> None:
-    """Fails where the address space is too small, while failing is harmless: oneDNN crashes when it gets no memory.
-
-    The memory is not touched, so it is not taken either.
-    """
-    torch.empty(needed_bytes + _ASIDE_BYTES, dtype=torch.uint8)

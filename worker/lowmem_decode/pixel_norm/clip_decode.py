@@ -11,13 +11,12 @@ has more frames than rows: arithmetic chooses (`memory`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Final
 
 import torch
 
-from worker.lowmem_decode.decoder import _probe
-from worker.lowmem_decode.host_memory import expect_strips, give_back
+from worker.lowmem_decode.host_memory import expect_strips, give_back, probe
 from worker.lowmem_decode.pixel_norm.attention import AttentionRun
 from worker.lowmem_decode.pixel_norm.kernels import pointwise
 from worker.lowmem_decode.pixel_norm.memory import (
@@ -39,7 +38,7 @@ _GIVE_BACK_EVERY: Final = 8
 
 def stream(
     module: Any, z: torch.Tensor, *, strip_rows: int | None = None, on_progress: OnProgress | None = None
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """What `module.decode(z)` returns for one clip, in groups of frames: as soon as they are there, or all at the end.
 
     Args:
@@ -121,12 +120,12 @@ def _check(program: Program, z: torch.Tensor, strip_rows: int | None) -> None:
 
 def _groups(
     program: Program, z: torch.Tensor, strip_rows: int | None, on_progress: OnProgress | None
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """(1, C, f, h, w) to groups (1, 3, n, H, W)."""
     with torch.inference_mode():
         arrangement = arrange(program, z.shape[2:], strip_rows=strip_rows)
         if z.device.type == "cpu":
-            _probe(arrangement.held_bytes + arrangement.group_bytes, z)
+            probe(arrangement.held_bytes + arrangement.group_bytes)
             expect_strips(arrangement.strip_bytes)
         groups = _ClipDecode(program, arrangement, frames=z.shape[2], on_progress=on_progress).run(z[0])
     while True:
