@@ -51,8 +51,11 @@ def frames_at_once(vae: Any, frames: int) -> int:
         vae: any.
         frames: of the clip.
     """
-    own = _AT_ONCE.get(type(vae).__name__)
-    return frames if own is None else min(frames, own(vae))
+    if type(vae).__name__ == "AutoencoderKLHunyuanVideo" and vae.use_framewise_decoding:
+        return min(frames, int(vae.tile_sample_min_num_frames) + 1)  # of a tile, before it is cut
+    if type(vae).__name__ == "AutoencoderKLCogVideoX":
+        return min(frames, int(vae.num_sample_frames_batch_size) + 1)  # of a group, a left over frame with it
+    return frames
 
 
 def _wan(vae: Any, latents: torch.Tensor) -> Groups:
@@ -120,12 +123,4 @@ _STREAMS: Final[Mapping[str, Callable[[Any, torch.Tensor], Groups]]] = {
     "AutoencoderKLCogVideoX": _cogvideox,
     "AutoencoderKLHunyuanVideo": _hunyuan_video,
     "AutoencoderKLMagvit": _magvit,
-}
-
-#: Frames of one group, or of one tile before it is cut, of classes whose own decode makes them one after the other.
-_AT_ONCE: Final[Mapping[str, Callable[[Any], int]]] = {
-    "AutoencoderKLCogVideoX": lambda vae: int(vae.num_sample_frames_batch_size) + 1,
-    "AutoencoderKLHunyuanVideo": lambda vae: (
-        int(vae.tile_sample_min_num_frames) + 1 if vae.use_framewise_decoding else 1 << 30
-    ),
 }

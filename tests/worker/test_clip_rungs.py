@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from broker_config.job_store import Claim
+from broker_config.latent_geometry import LatentLayout
 from broker_config.messages import BlobRef, DecodeRequest, Output
 from broker_config.vae_catalog import VaeEntry
 from tests.support.clip_vaes import clip_family
@@ -60,7 +61,14 @@ def decoded(name: str, latents: torch.Tensor, *, output: Output) -> tuple[Work, 
     kind, temporal, frames = CLIPS[name]
     vae = clip_family(name)
     entry = VaeEntry(
-        name="t", title="t", weights="/t", vae_class=kind, channels=4, spatial=8, temporal=temporal, layouts=["video"]
+        name="t",
+        title="t",
+        weights="/t",
+        vae_class=kind,
+        channels=4,
+        spatial=8,
+        temporal=temporal,
+        layouts=(LatentLayout.VIDEO,),
     )
     loaded = LoadedVae(
         entry=entry, module=vae, dtype=torch.float32, device=torch.device("cpu"), weights={}, size_bytes=0
@@ -82,7 +90,9 @@ def decoded(name: str, latents: torch.Tensor, *, output: Output) -> tuple[Work, 
         timeout_s=60.0,
     )
     work = Work(claim=Claim("j", "e", b"", b"", 1, 0), request=request, latents=latents)
-    reporter, chunks, threads = NoReporter(), [], []
+    reporter = NoReporter()
+    chunks: list[torch.Tensor] = []
+    threads: list[threading.Thread] = []
 
     def take(work: Work, stream: ChunkStream) -> None:
         thread = threading.Thread(target=lambda: chunks.extend(chunk.get() for chunk in stream), name="taker")
@@ -149,11 +159,11 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("name", CLIPS)
-def test_what_a_stream_holds_does_not_grow_with_the_clip(name: str) -> None:
+@pytest.mark.parametrize(("name", "frames"), [("hunyuan_video", 16), ("mochi", 6), ("cogvideox", 12)])
+def test_what_a_stream_holds_does_not_grow_with_the_clip(name: str, frames: int) -> None:
     vae = LowMemoryVae(clip_family(name))
     assert can_stream(vae)
-    latents = torch.randn(1, 4, 16, 2, 2)
+    latents = torch.randn(1, 4, frames, 2, 2)
     held = []
     with torch.inference_mode():
         for group in stream_frames(vae, latents):
