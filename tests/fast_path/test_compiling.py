@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,7 +128,9 @@ def test_a_vae_is_compiled_for_the_sizes_named_and_once_for_all_others() -> None
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own imports
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler, g++ here")
-def test_the_real_compiler_makes_the_same_numbers() -> None:
+def test_the_real_compiler_makes_the_same_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)  # most of the time, for one graph
     plain = small_decoder()
     compiled = CompiledDecoder(plain)
     z = torch.randn(1, 4, 16, 16)
