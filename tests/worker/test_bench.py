@@ -29,7 +29,7 @@ def test_every_mode_has_a_row_and_the_fast_ones_say_how_near_they_are(rows: list
     assert [row["mode"] for row in rows] == ["plain", "fast", "compiled", "low_memory", "lean", "tiled"]
     assert [row["mode"] for row in rows if "psnr_db" in row] == ["fast", "compiled"]
     fast, compiled = rows[1:3]
-    assert (fast["memory_format"], fast["fused_norms"], fast["computed_in"]) == ("contiguous", "torch", "float32")
+    assert (fast["memory_format"], fast["fused_norms"], fast["computed_in"]) == ("channels_last", "torch", "float32")
     assert compiled["fused_norms"] == "the compiler"
     for row in (fast, compiled):
         assert row["psnr_db"] is None or row["psnr_db"] > 100  # float32 has 24 bits: some 140 dB
