@@ -92,7 +92,7 @@ def _fast_vae(vae: Any, *, side: int, mode: DecodeMode) -> FastVae:
     if fast is None:
         raise RuntimeError(f"no fast way: {made.why_not(vae)}")
     if mode is DecodeMode.COMPILED:
-        made.prepare(vae, fast, sides=[(side // 8, side // 8)])
+        made.prepare(vae, fast, sides=[(side // 8, side // 8)], others=False)
         if not fast.compiles(side // 8, side // 8):
             raise RuntimeError("could not be compiled; the log says why")
     return fast

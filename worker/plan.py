@@ -136,7 +136,8 @@ def _measured(vae: LoadedVae, ways: FastVaes, fast: FastVae | None, *, size: tup
     entry = vae.entry
     if fast is not None and fast.compiled is not None:
         keep_compiled_in(cache)
-        ways.prepare(vae.module, fast, sides=[(size[1] // entry.spatial, size[0] // entry.spatial)])
+        side = (size[1] // entry.spatial, size[0] // entry.spatial)
+        ways.prepare(vae.module, fast, sides=[side])
     return fit(
         vae.module,
         channels=entry.channels,

@@ -19,8 +19,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
     ("name", "device", "asked", "clips", "expected"),
     [
         ("AutoencoderKL", CUDA, "auto", False, "channels_last"),
-        ("AutoencoderKL", CPU, "auto", False, "contiguous"),
-        ("AutoencoderKL", CPU, "channels_last", False, "channels_last"),
+        ("AutoencoderKL", CPU, "auto", False, "channels_last"),
+        ("AutoencoderKL", CPU, "contiguous", False, "contiguous"),
         ("AutoencoderKL", CUDA, "contiguous", False, "contiguous"),
         ("AutoencoderKLWan", CUDA, "auto", True, "channels_last_3d"),
         ("AutoencoderKLWan", CPU, "channels_last", True, "channels_last_3d"),

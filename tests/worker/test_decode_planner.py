@@ -178,7 +178,7 @@ def test_the_command_shows_a_plan_of_the_demo_vae() -> None:
     assert set(found["modes"]) == {"plain", "fast", "low_memory", "lean"}
     assert found["why"]["exact"] == "it fits, and gives the pipeline's bits"
     fast = found["fast_path"]
-    assert (fast["memory_format"], fast["dtype"], fast["fused_norms_by"]) == ("contiguous", "float32", "torch")
+    assert (fast["memory_format"], fast["dtype"], fast["fused_norms_by"]) == ("channels_last", "float32", "torch")
     assert fast["fused_norms"] > 0
     assert (fast["compiled"], fast["why_not_compiled"]) == (False, "compiled on CUDA only, unless forced")
     assert found["modes"]["lean"]["peak_bytes"] < found["modes"]["low_memory"]["peak_bytes"]

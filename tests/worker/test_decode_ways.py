@@ -203,5 +203,5 @@ def test_a_worker_in_mode_fast_decodes_the_fast_way_and_says_so(
         assert (facts["mode"], facts["dtype"]) == ("fast", "float32")
         assert facts["rung"] == ("fast" if use == "auto" else "plain")
         if use == "auto":
-            assert facts["fast_path"] == {"memory_format": "contiguous", "fused_norms": "torch", "compiled": False}
+            assert facts["fast_path"] == {"memory_format": "channels_last", "fused_norms": "torch", "compiled": False}
         assert float(np.abs(exact.array() - job.array()).max()) <= 1e-4

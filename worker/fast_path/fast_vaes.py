@@ -114,8 +114,8 @@ class FastVaes:
         """Why a VAE has no fast way; None if it has. Asked each time: a VAE may be changed after it was loaded."""
         return "the fast way is off" if self._options.use == "off" else refusal(module)
 
-    def prepare(self, module: Any, fast: FastVae, *, sides: Sequence[tuple[int, int]]) -> int:
-        """Compiles for latents of these sizes, (height, width), and for any other if the family takes that.
+    def prepare(self, module: Any, fast: FastVae, *, sides: Sequence[tuple[int, int]], others: bool = True) -> int:
+        """Compiles for latents of these sizes, (height, width); with `others`, for any other if the family takes that.
 
         Returns how many graphs were made; a size too large for the device has none. The caller holds the VAE's lock.
         """
@@ -123,7 +123,7 @@ class FastVaes:
         if fast.compiled is None or family is None:
             return 0
         conv = next(part for part in fast.view.decoder.modules() if isinstance(part, nn.Conv2d))
-        wanted = [(side, False) for side in sides] + ([(_FREE_SIZE, True)] if family.dynamic else [])
+        wanted = [(side, False) for side in sides] + ([(_FREE_SIZE, True)] if others and family.dynamic else [])
         made = 0
         with torch.inference_mode():
             for side, free_sizes in wanted:

@@ -207,7 +207,7 @@ def group_norm_silu(
     affine = torch.empty((2, samples, channels), device=x.device, dtype=torch.float32)
     out = torch.empty_like(x)  # keeps the strides of a dense tensor
     blocks = triton.cdiv(channels, tile_c)
-    with torch.cuda.device_of(x):  # triton launches on the current device
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # triton launches on the current device
         _channel_statistics[(stretches, blocks, samples)](
             x, means[0], means[1], channels, positions, *strides, stretch, TILE_C=tile_c, TILE_P=tile_p
         )
@@ -250,7 +250,7 @@ def rms_norm_silu(
     tile_c = triton.next_power_of_2(channels)
     tile_p = max(1, _TILE // tile_c)
     out = torch.empty_like(x)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _rms_silu[(triton.cdiv(positions, tile_p), samples)](
             x,
             out,
