@@ -46,7 +46,11 @@ def build_app(
         yield
         await gateway.client.close()
 
+    async def stop_waiting(app: web.Application) -> None:
+        app[GATEWAY].stopping.set()
+
     app.cleanup_ctx.append(parts)
+    app.on_shutdown.append(stop_waiting)
     app.on_response_prepare.append(add_safe_headers)
     add_routes(app)
     return app

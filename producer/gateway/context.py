@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -61,6 +62,8 @@ class Gateway:
     deliveries: WebhookDeliveries
     secrets: WebhookSecrets
     guard: UrlGuard
+    #: Set when the gateway is told to stop: who waits, or watches, is answered then and goes on elsewhere.
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _known: dict[str, tuple[float, ApiKey | None]] = field(default_factory=dict)
 
     async def key_of_token(self, token: str) -> ApiKey | None:

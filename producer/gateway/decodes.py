@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any, Final
 
@@ -142,12 +143,18 @@ async def create_batch(request: web.Request) -> web.StreamResponse:
 
 
 async def waited(gateway: Gateway, job: JobSnapshot, asked_s: float) -> JobSnapshot:
-    """The job once it ended, or after `asked_s` or the longest wait there is."""
+    """The job once it ended, or after `asked_s` or the longest wait there is, or when the gateway stops."""
     handle = gateway.client.job(job.job_id)
+    ended = asyncio.create_task(handle.wait(timeout=min(asked_s, gateway.own.wait_s)), name="wait-for-job")
+    stopped = asyncio.create_task(gateway.stopping.wait(), name="wait-for-stop")
     try:
-        return await handle.wait(timeout=min(asked_s, gateway.own.wait_s))
+        await asyncio.wait((ended, stopped), return_when=asyncio.FIRST_COMPLETED)
+        return await ended if ended.done() else await handle.snapshot()
     except WaitTimeout:
         return await handle.snapshot()
+    finally:
+        ended.cancel()
+        stopped.cancel()
 
 
 def preferred_wait_s(request: web.Request) -> float | None:

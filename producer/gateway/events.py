@@ -44,7 +44,7 @@ async def events(request: web.Request) -> web.StreamResponse:
                 elif time.monotonic() - told > HEARTBEAT_S:
                     await stream.beat()
                     told = time.monotonic()
-                if job.status.is_terminal:
+                if job.status.is_terminal or gateway.stopping.is_set():
                     break
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_S):

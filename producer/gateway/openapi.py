@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Final
 
 from pydantic.json_schema import models_json_schema
@@ -16,6 +17,7 @@ from broker_config.receiver_url import MAX_URL_CHARACTERS
 from broker_config.webhooks import JOB_EVENTS
 from producer.gateway import schemas
 from producer.gateway.error_responses import PROBLEM_JSON
+from producer.gateway.option_notes import option_notes
 from producer.gateway.query import OPTIONS, SECRET_OPTIONS
 from producer.gateway.request_bodies import BINARY, BODIES
 from producer.gateway.route import Route
@@ -191,9 +193,16 @@ def _option_schema(name: str, *, nullable: bool = True) -> dict[str, Any]:
     if kind == "object":
         schema["additionalProperties"] = {"type": "string"}
     facts = dict(_OPTION_FACTS.get(name, {}))
+    if name in _notes():
+        facts["description"] = _notes()[name]
     if nullable and "None" in annotation and "enum" in facts:
         facts["enum"] = [*facts["enum"], None]
     return schema | facts
+
+
+@cache
+def _notes() -> Mapping[str, str]:
+    return option_notes()
 
 
 def _options_schema(which: str) -> dict[str, Any]:

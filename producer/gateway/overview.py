@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from datetime import UTC, datetime
 from typing import Final
@@ -96,7 +97,7 @@ async def overview_events(request: web.Request) -> web.StreamResponse:
         async with EventStream(request, patience_s=gateway.own.patience_s) as stream:
             last, told = "", 0.0
             door = Readmittance(request, gateway, identity)
-            while True:
+            while not gateway.stopping.is_set():
                 await door.check()
                 now = await gateway.overviews.text_for(gateway, identity)
                 if now != last:
@@ -105,7 +106,9 @@ async def overview_events(request: web.Request) -> web.StreamResponse:
                 elif time.monotonic() - told > HEARTBEAT_S:
                     await stream.beat()
                     told = time.monotonic()
-                await asyncio.sleep(_LOOK_S)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_S):
+                        await gateway.stopping.wait()
         return stream.response
 
 

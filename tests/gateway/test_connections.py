@@ -8,10 +8,12 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
 
+from broker_config.settings import Settings
 from producer.gateway.routes import ROUTES
 from tests.gateway.conftest import problem
 from tests.gateway.test_job_api import submit
@@ -94,6 +96,27 @@ def test_no_answer_to_head_has_a_body(gateway: RunningGateway, worker: StoreWork
         assert first.startswith(b"HTTP/1.1 "), path
         assert second.startswith(b"HTTP/1.1 200 OK\r\n"), (path, second)
         assert second.endswith(b"\r\n\r\nalive\n"), (path, second)
+
+
+# When the gateway stops -----------------------------------------------------------------------------------------
+
+
+def test_who_waits_or_watches_is_answered_at_once_when_the_gateway_stops(settings: Settings) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        with RunningGateway(settings) as gateway:
+            submit(gateway, name="cat")
+            asked = [
+                f"{gateway.url}/v1/{path}" for path in ("decodes/cat?wait=25", "decodes/cat/events", "overview/events")
+            ]
+            answers = [pool.submit(requests.get, url, timeout=30) for url in asked]
+            wait_until(lambda: gateway.parts.streams.open.total() == 2, what="both streams")
+            wait_until(lambda: held(gateway) >= 5, what="the long-poll besides, the submit and this look")
+            began = time.monotonic()
+        assert time.monotonic() - began < 8, "it does not wait for them"
+        poll, *streams = (answer.result() for answer in answers)
+    assert poll.json()["status"] == "queued"
+    for answer in streams:
+        assert answer.text.startswith("retry: "), "it ended as a stream ends, and was not cut off"
 
 
 # What is refused before there is a request ----------------------------------------------------------------------

@@ -246,8 +246,22 @@ def test_it_fits_every_width_and_can_be_read(
         browser.until("document.querySelectorAll('#gallery img, #paths details').length > 0")
         assert browser.js("document.documentElement.scrollWidth") <= width
         browser.until("document.querySelector('#webhooks button, #paths') !== null")
+        if path == "/":
+            assert browser.js(
+                "(({scrollWidth, clientWidth}) => scrollWidth <= clientWidth)(document.querySelector('.scroll'))"
+            )
         for selector in ("body", "h2", "th", "a"):
             assert contrast(browser, selector) >= 4.5, (path, selector)  # WCAG 2.2, 1.4.3
+
+
+def test_a_page_that_came_up_during_an_outage_goes_on_after_it(browser: Browser, gateway: RunningGateway) -> None:
+    browser.expected.append("net::ERR_BLOCKED_BY_CLIENT")
+    browser.call("Network.enable")
+    browser.call("Network.setBlockedURLs", urls=["*/session"])
+    browser.open(gateway.url)
+    browser.until("document.querySelector('#live').textContent.endsWith('trying again …')")
+    browser.call("Network.setBlockedURLs", urls=[])
+    browser.until("document.querySelector('#live').className === 'on'")
 
 
 def contrast(browser: Browser, selector: str) -> float:

@@ -34,8 +34,10 @@ function table(headings, rows) {
 
 function operation(path, method, told) {
   const details = make("details", "", make("summary", "", make("b", method.toUpperCase()), make("code", path), make("span", "", ...words(told.summary))));
-  const parameters = told.parameters.map((item) => [item.name, item.in, typeOf(item.schema ?? item.content?.["application/json"]?.schema),
-    [item.required ? "required" : "", item.schema?.description ?? item.description ?? ""].filter(Boolean).join("; ")]);
+  const parameters = told.parameters.map((item) => {
+    const kind = item.schema ?? item.content?.["application/json"]?.schema;
+    return [item.name, item.in, typeOf(kind), [item.required ? "required" : "", kind?.description ?? item.description ?? ""].filter(Boolean).join("; ")];
+  });
   if (parameters.length) details.append(table(["parameter", "in", "type", ""], parameters));
   if (told.requestBody) details.append(make("p", "", ...words(`Body: ${Object.keys(told.requestBody.content).join(", ")}. ${told.requestBody.description ?? ""}`)));
   details.append(table(["status", "answer"], Object.entries(told.responses).map(([status, answer]) => [status,
