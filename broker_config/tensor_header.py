@@ -25,6 +25,7 @@ from broker_config.errors import (
 
 #: Name of the only tensor of a latents file that we write.
 LATENTS: Final = "latents"
+_ORDER: Final = "latentq.order"
 #: Largest header we read. One tensor needs 100 bytes; a person's own metadata may add some kilobytes.
 MAX_HEADER_BYTES: Final = 256 * 1024
 MAX_RANK: Final = 8
@@ -88,6 +89,22 @@ def write_header(dtype: str, shape: tuple[int, ...], metadata: Mapping[str, str]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)  # data starts 8-byte aligned, as safetensors itself writes it
     return struct.pack("<Q", len(text)) + text
+
+
+def order_metadata(order: tuple[int, ...] | None) -> dict[str, str]:
+    """What a file's metadata say of its tensor's order in memory; nothing for C order."""
+    return {} if order is None else {_ORDER: ",".join(str(place) for place in order)}
+
+
+def memory_order(header: TensorHeader) -> tuple[int, ...] | None:
+    """Dimensions of the tensor as the caller had them in memory, outermost first; None: C order.
+
+    The file's elements are in C order all the same. Convolutions choose their kernel by strides, and kernels differ in
+    last bits. Whatever is no order of these dimensions is taken for none: anybody may write metadata.
+    """
+    said = header.metadata.get(_ORDER, "").split(",")
+    places = [str(place) for place in range(len(header.shape))]
+    return tuple(int(place) for place in said) if said != places and sorted(said) == places else None
 
 
 def read_header(data: bytes | bytearray | memoryview, *, total_bytes: int | None = None) -> TensorHeader:

@@ -29,7 +29,7 @@ from uuid import uuid4
 
 from broker_config.errors import ConfigurationError, InvalidJob, SpoolFileDamaged, SpoolUnavailable
 from broker_config.messages import DecodeRequest
-from broker_config.tensor_header import read_header, write_header
+from broker_config.tensor_header import memory_order, order_metadata, read_header, write_header
 from producer.tensor_input import TensorFile
 
 _MESSAGE: Final = "latentq.message"
@@ -182,10 +182,11 @@ class Spool:
             raise SpoolFileDamaged(f"{entry.path.name} is damaged: its message has changed", job_id=entry.job_id)
         request = DecodeRequest.from_wire(message)
         raw = memoryview(data)[header.data_start :]
-        blob = write_header(header.dtype, header.shape) + raw
+        order = memory_order(header)
+        blob = write_header(header.dtype, header.shape, order_metadata(order)) + raw
         if hashlib.sha256(blob).hexdigest() != request.latents.sha256:
             raise SpoolFileDamaged(f"{entry.path.name} is damaged: its latents have changed", job_id=entry.job_id)
-        tensor = TensorFile(dtype=header.dtype, shape=header.shape, raw=lambda: raw)
+        tensor = TensorFile(dtype=header.dtype, shape=header.shape, raw=lambda: raw, order=order)
         return KeptJob(request, tensor, tuple(json.loads(signing)))
 
     def discard(self, entry: SpoolEntry) -> None:
@@ -218,11 +219,12 @@ def _write(path: Path, request: DecodeRequest, tensor: TensorFile, secrets: Sequ
     message, signing = request.to_wire(), json.dumps(list(secrets))
     metadata = {_MESSAGE: message.decode(), _SECRETS: signing, _DIGEST: _digest(message, signing)}
     blob = memoryview(tensor.data)
-    start = read_header(blob).data_start
+    header = read_header(blob)
+    metadata |= order_metadata(memory_order(header))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(write_header(tensor.dtype, tensor.shape, metadata))
-        file.write(blob[start:])
+        file.write(blob[header.data_start :])
         file.flush()
         os.fsync(file.fileno())
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from broker_config.errors import InvalidDtype, InvalidOption, InvalidTensorFile, LatentsNotFinite, LatentsTooLarge
-from broker_config.tensor_header import MAX_HEADER_BYTES, itemsize, read_header, write_header
+from broker_config.tensor_header import MAX_HEADER_BYTES, itemsize, order_metadata, read_header, write_header
 
 if TYPE_CHECKING:
     import torch
@@ -40,14 +40,22 @@ class TensorFile:
     """
 
     def __init__(
-        self, *, dtype: str, shape: tuple[int, ...], raw: Callable[[], memoryview], name: str = "latents"
+        self,
+        *,
+        dtype: str,
+        shape: tuple[int, ...],
+        raw: Callable[[], memoryview],
+        name: str = "latents",
+        order: tuple[int, ...] | None = None,
     ) -> None:
         """Args:
         dtype: float16, bfloat16 or float32; of pictures also uint8.
         shape: dimensions, outermost first.
         raw: makes the elements, little-endian, in C order.
         name: what a message calls them: latents or pictures.
+        order: dimensions as the caller has them in memory, outermost first; None: C order.
         """
+        self.order = order
         self.dtype = dtype
         self.shape = shape
         self.name = name
@@ -72,14 +80,14 @@ class TensorFile:
         check_finite(raw, self.dtype, name=self.name)
         # A piece at a time: one copy of it all would keep every other thread, and an event loop, from running.
         file = io.BytesIO()
-        file.write(write_header(self.dtype, self.shape))
+        file.write(write_header(self.dtype, self.shape, order_metadata(self.order)))
         for start in range(0, len(raw), _PIECE_BYTES):
             file.write(raw[start : start + _PIECE_BYTES])
         return file.getvalue()  # the buffer itself, not a copy of it
 
 
 def to_tensor_file(latents: Latents, *, max_bytes: int, name: str = "latents") -> TensorFile:
-    """Latents as a file, whatever their strides, byte order or device.
+    """Latents as a file, whatever their strides, byte order or device. A torch tensor's strides are noted in it.
 
     Args:
         latents: torch tensor (float16, bfloat16, float32; CPU or CUDA; any strides) or numpy array (float16, float32).
@@ -93,8 +101,10 @@ def to_tensor_file(latents: Latents, *, max_bytes: int, name: str = "latents") -
     """
     torch = sys.modules.get("torch")
     raw: Callable[[], memoryview]
+    order = None
     if torch is not None and isinstance(latents, torch.Tensor):
         dtype, count = str(latents.dtype).removeprefix("torch."), latents.numel()
+        order = _order_of(latents) if name == "latents" else None  # pixels are laid out anew before they are encoded
 
         def raw() -> memoryview:
             dense = latents.detach().cpu().contiguous().reshape(-1)
@@ -111,7 +121,14 @@ def to_tensor_file(latents: Latents, *, max_bytes: int, name: str = "latents") -
     else:
         raise InvalidOption(f"{name} are a {type(latents).__name__}: give a torch tensor or a numpy array", field=name)
     _check(dtype, count, max_bytes=max_bytes, name=name)
-    return TensorFile(dtype=dtype, shape=tuple(int(size) for size in latents.shape), raw=raw, name=name)
+    return TensorFile(dtype=dtype, shape=tuple(int(size) for size in latents.shape), raw=raw, name=name, order=order)
+
+
+def _order_of(latents: torch.Tensor) -> tuple[int, ...] | None:
+    if latents.is_contiguous() or 0 in latents.stride():  # what is expanded has no order that arithmetic keeps
+        return None
+    order = sorted(range(latents.ndim), key=lambda place: -latents.stride(place))
+    return None if order == sorted(order) else tuple(order)
 
 
 def read_tensor_file(path: Path, *, max_bytes: int) -> TensorFile:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from broker_config.errors import InvalidTensorFile, LatentsNotFinite
-from broker_config.tensor_header import read_header, write_header
+from broker_config.tensor_header import memory_order, read_header, write_header
 
 _TORCH: Final[Mapping[str, torch.dtype]] = {
     "float16": torch.float16,
@@ -31,7 +31,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def read_latents(data: bytes, *, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    """Latents of a stored file, on the CPU, sharing no memory with `data`.
+    """Latents of a stored file, on the CPU, sharing no memory with `data`, with the strides that the caller's had.
 
     Args:
         data: safetensors file with one tensor.
@@ -51,6 +51,9 @@ def read_latents(data: bytes, *, shape: tuple[int, ...], dtype: str) -> torch.Te
     latents = flat.reshape(shape)
     if not bool(torch.isfinite(latents).all()):
         raise LatentsNotFinite(field="latents")
+    order = memory_order(header)
+    if order is not None:
+        latents = latents.permute(order).contiguous().permute([order.index(place) for place in range(len(order))])
     return latents
 
 

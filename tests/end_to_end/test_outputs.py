@@ -250,7 +250,11 @@ def test_torch_latents_give_the_same_picture_whatever_their_strides(
     plain = given.detach().clone(memory_format=torch.contiguous_format)
     assert form in (as_is, with_gradient) or not given.is_contiguous()
     job = served.decode(given, vae="sd", output="tensor")
-    assert torch.equal(job.tensor(), served.decode(plain, vae="sd", output="tensor").tensor())
+    made, expected = job.tensor(), served.decode(plain, vae="sd", output="tensor").tensor()
+    if form in (permuted, channels_last):  # strides choose the convolutions' kernels: tests/parity has their last bits
+        assert torch.allclose(made, expected, atol=1e-5)
+    else:
+        assert torch.equal(made, expected)
     request = job.snapshot().request
     assert request is not None
     assert (request.dtype, request.shape) == (str(dtype).removeprefix("torch."), (2, 4, 8, 12))

@@ -20,6 +20,7 @@ from tests.parity.whole_pipelines import (
     ends,
     euler,
     mask,
+    one_text,
     part,
     picture,
     pooled,
@@ -188,5 +189,19 @@ CASES: Mapping[str, Whole] = {
             "prompt_cu_seqlens": ends,
         },
         sizes={"resolutions": [(SMALL["width"], SMALL["height"])]},
+    ),
+    "kandinsky5-image, one picture": Whole(  # whose strides are taken for another order than those of two
+        pipeline="Kandinsky5T2IPipeline",
+        vae="kandinsky5-image",
+        denoiser="Kandinsky5Transformer3DModel",
+        call={
+            **SMALL,
+            **UNGUIDED,
+            "prompt_embeds_qwen": one_text,
+            "prompt_embeds_clip": lambda: pooled()[:1],
+            "prompt_cu_seqlens": lambda: ends()[:2],
+        },
+        sizes={"resolutions": [(SMALL["width"], SMALL["height"])]},
+        batch=1,
     ),
 }

@@ -19,6 +19,7 @@ from producer.tensor_input import to_tensor_file
 from tests.parity.tail_cases import Tail
 from worker.batch_decode import plan_of
 from worker.decode import clip_frames, join_chunks, to_pixels
+from worker.latent_io import read_latents
 from worker.numerical_safety import finite_chunks
 from worker.vae_pool import LoadedVae
 
@@ -32,11 +33,11 @@ def our_way(name: str, vae: Any, latents: torch.Tensor, tail: Tail) -> tuple[tor
     assert options["vae_class"] == type(vae).__name__
     tensor = to_tensor_file(latents, max_bytes=settings.max_latents_bytes)
     request = build_request(tensor, DecodeOptions(**options), catalog=catalog, settings=settings)
-    return decode(request, vae, latents)
+    return decode(request, vae, read_latents(tensor.data, shape=request.shape, dtype=request.dtype))
 
 
 def decode(request: DecodeRequest, vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, npt.NDArray[np.uint8]]:
-    """What `worker.batch_decode` does with a job of its own, given the latents as they arrive: contiguous."""
+    """What `worker.batch_decode` does with a job of its own, given the latents as they arrive."""
     loaded = LoadedVae(
         entry=VaeCatalog.load()[request.vae],
         module=vae,
@@ -47,7 +48,7 @@ def decode(request: DecodeRequest, vae: Any, latents: torch.Tensor) -> tuple[tor
     )
     assert DecodeRequest.from_wire(request.to_wire()) == request, "every fact survives the wire"
     plan = plan_of(request, loaded, batch=request.batch)
-    chunks = list(finite_chunks(vae, latents.contiguous(), plan))
+    chunks = list(finite_chunks(vae, latents, plan))
     frames = torch.cat([to_pixels(clip_frames(chunk, plan), plan) for chunk in chunks]).numpy()
     if request.is_video:
         frames = frames.reshape(request.batch, request.num_frames, *frames.shape[1:])

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import redis
+import torch
 from safetensors import safe_open
 
 from broker_config import keys
@@ -58,6 +59,15 @@ def test_a_file_is_a_safetensors_file_with_the_latents_that_only_its_owner_reads
     assert spool.folder.stat().st_mode & 0o077 == 0
     assert keep(client, spool, "job") == path
     assert len(spool.entries()) == 1
+
+
+def test_the_order_of_latents_in_memory_is_kept(client: DecodeClient, spool: Spool) -> None:
+    latents = torch.from_numpy(LATENTS).to(memory_format=torch.channels_last)
+    attempt = client.attempt(client.taken(latents), vae="sd", job_id="job")
+    spool.keep(attempt.request, attempt.tensor)
+    [entry] = spool.entries()
+    assert spool.read(entry).tensor.data == attempt.tensor.data
+    assert flushed(client, spool).sent == ["job"]
 
 
 @pytest.mark.parametrize("what", ["keep", "flush"])

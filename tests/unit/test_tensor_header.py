@@ -29,7 +29,7 @@ from broker_config.errors import (
     TensorFileOversized,
     TensorFileTruncated,
 )
-from broker_config.tensor_header import itemsize, read_header, write_header
+from broker_config.tensor_header import itemsize, memory_order, order_metadata, read_header, write_header
 
 #: A machine that does much else must not fail a test.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -297,3 +297,16 @@ def test_a_file_with_a_byte_changed_is_read_as_safetensors_reads_it_or_refused(
     ((name, theirs),) = safetensors.deserialize(bytes(whole))  # type: ignore[no-untyped-call]
     assert (header.name, list(header.shape)) == (name, theirs["shape"])
     assert len(theirs["data"]) == header.data_bytes
+
+
+def test_the_order_in_memory_is_in_the_metadata_and_c_order_is_not() -> None:
+    header = write_header("float32", (1, 2, 3, 4), order_metadata((0, 2, 3, 1)))
+    assert b'"__metadata__":{"latentq.order":"0,2,3,1"}' in header
+    assert memory_order(read_header(header, total_bytes=len(header) + 96)) == (0, 2, 3, 1)
+    assert write_header("float32", (1, 2), order_metadata(None)) == BY_HAND[: len(write_header("float32", (1, 2)))]
+
+
+@pytest.mark.parametrize("said", ["", "0,1,2", "0,1", "2,1,0,3", "0,0,1", "2,1,-1", "2,1,x", "02,1,0", "2, 1, 0"])
+def test_what_is_no_order_of_the_dimensions_is_taken_for_none(said: str) -> None:
+    header = write_header("float32", (1, 2, 3), {"latentq.order": said})
+    assert memory_order(read_header(header, total_bytes=len(header) + 24)) is None

@@ -44,9 +44,22 @@ def channels_last(latents: torch.Tensor) -> torch.Tensor:
     """(B, f, h, w, C) → (B, C, f, h, w).
 
     Source: pipelines/kandinsky5/pipeline_kandinsky.py `Kandinsky5T2VPipeline.__call__`. Not made contiguous: there the
-    VAE gets the strides of channels last, too, for which convolutions have other kernels.
+    VAE gets the strides of channels last, too, for which convolutions have other kernels; and by way of six dimensions,
+    as there: of a single clip or picture, that gives the first dimension a stride that is not taken for channels last.
     """
-    return latents.permute(0, 4, 1, 2, 3)
+    batch, count, rows, columns, channels = latents.shape
+    latents = latents.reshape(batch, 1, count, rows, columns, channels).permute(0, 1, 5, 2, 3, 4)  # B, 1, C, f, h, w
+    return latents.reshape(batch, channels, count, rows, columns)
+
+
+def channels_last_image(latents: torch.Tensor) -> torch.Tensor:
+    """(B, 1, h, w, C) → (B, C, h, w).
+
+    Source: pipelines/kandinsky5/pipeline_kandinsky_t2i.py `Kandinsky5T2IPipeline.__call__`, with strides as above.
+    """
+    batch, _, rows, columns, channels = latents.shape
+    latents = latents.reshape(batch, 1, 1, rows, columns, channels).permute(0, 1, 5, 2, 3, 4)  # B, 1, C, 1, h, w
+    return latents.reshape(batch, channels, rows, columns)
 
 
 def split_frame_pairs(latents: torch.Tensor) -> torch.Tensor:

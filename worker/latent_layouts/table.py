@@ -130,7 +130,7 @@ _TABLE: Final[Mapping[LatentLayout, _Steps]] = {
     LatentLayout.VIDEO: _Steps(before=_skip_frames),
     # pipelines/kandinsky6/pipeline_kandinsky6_ti2va.py __call__: permuted from (B, f, h, w, C), and decoded like that
     LatentLayout.VIDEO_CHANNELS_LAST: _Steps(
-        before=lambda latents, _: frames.channels_last(latents.permute(0, 2, 3, 4, 1).contiguous())
+        before=lambda latents, _: latents.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
     ),
     LatentLayout.VIDEO_2D: _Steps(after=lambda latents, _: frames.fold_frames(latents)),
     # pipelines/stable_video_diffusion/pipeline_stable_video_diffusion.py decode_latents: B, F, C, h, w → B·F, C, h, w
@@ -140,7 +140,7 @@ _TABLE: Final[Mapping[LatentLayout, _Steps]] = {
     ),
     LatentLayout.CHANNELS_LAST: _Steps(before=lambda latents, _: frames.channels_last(latents)),
     # pipelines/kandinsky5/pipeline_kandinsky_t2i.py __call__: the frame is dropped before the decode
-    LatentLayout.CHANNELS_LAST_IMAGE: _Steps(before=lambda latents, _: frames.channels_last(latents)[:, :, 0]),
+    LatentLayout.CHANNELS_LAST_IMAGE: _Steps(before=lambda latents, _: frames.channels_last_image(latents)),
     LatentLayout.FRAME: _Steps(finish=_one_frame),
     LatentLayout.UNPACKED_FRAME: _Steps(before=lambda latents, _: latents.unsqueeze(2), finish=_one_frame),
     LatentLayout.PACKED_FRAME: _Steps(before=_unpack_frame, finish=_one_frame),
