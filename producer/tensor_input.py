@@ -125,9 +125,10 @@ def to_tensor_file(latents: Latents, *, max_bytes: int, name: str = "latents") -
 
 
 def _order_of(latents: torch.Tensor) -> tuple[int, ...] | None:
-    if latents.is_contiguous() or 0 in latents.stride():  # what is expanded has no order that arithmetic keeps
+    strides: tuple[int, ...] = latents.stride()
+    if latents.is_contiguous() or 0 in strides:  # what is expanded has no order that arithmetic keeps
         return None
-    order = sorted(range(latents.ndim), key=lambda place: -latents.stride(place))
+    order = sorted(range(len(strides)), key=lambda place: -strides[place])
     return None if order == sorted(order) else tuple(order)
 
 
