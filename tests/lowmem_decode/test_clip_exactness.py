@@ -152,9 +152,9 @@ def psnr_db(got: torch.Tensor, expected: torch.Tensor) -> float:
     return 10 * math.log10(peak**2 / error)
 
 
-#: Least PSNR against plain decode in bfloat16, and how much further from float32 than plain decode this one may be. With
-#: HunyuanVideo's random weights plain decode itself is some 50 dB from float32, and by how much two decodes of a few
-#: small frames differ from it is chance within a few dB.
+#: Least PSNR against plain decode in bfloat16, and how much further from float32 than plain decode this one may be.
+#: With HunyuanVideo's random weights plain decode itself is some 50 dB from float32, and by how much two decodes of a
+#: few small frames differ from it is chance within a few dB.
 @pytest.mark.parametrize(
     ("name", "wanted_db", "slack_db"), [("hunyuan_video", 45.0, 4.0), ("mochi", 55.0, 1.0), ("cogvideox", 55.0, 1.0)]
 )
