@@ -38,7 +38,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]
     """A gateway with a job, for what needs one."""
     with EmbeddedBroker(tmp_path_factory.mktemp("broker"), max_memory_bytes=128 << 20) as broker:
         made = load_settings(redis_url=broker.url, max_latents_bytes=64 * 1024, _env_file=None)
-        with RunningGateway(made, wait_s=0.05) as running:
+        with RunningGateway(made, wait_s=0.05, max_streams=10_000) as running:
             running.ask("PUT", "/v1/decodes/known", params={"vae": "sd"}, data=safetensors(), headers=SAFETENSORS)
             yield running
 
