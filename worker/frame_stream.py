@@ -7,7 +7,7 @@ are the bits. Why the other video VAEs are not here: docs/decode-speed.md. The l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Final
 
 import torch
@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from worker.lowmem_decode import LowMemoryVae
 
-Groups = Iterator[torch.Tensor]
+Groups = Generator[torch.Tensor, None, None]
 
 
 def can_stream(vae: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def can_stream(module: Any) -> bool:
     return pixel_norm.knows(module) and not module.config.get("timestep_conditioning", False)
 
 
-def stream(module: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:
+def stream(module: Any, z: torch.Tensor) -> Generator[torch.Tensor, None, None]:
     """What `decode(module, z)` returns for one clip, (1, C, f, h, w), in groups of frames (1, 3, n, H, W)."""
     return pixel_norm.stream(module, z)
 

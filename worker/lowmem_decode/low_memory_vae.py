@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -34,6 +34,6 @@ class LowMemoryVae:
         """Whether `stream` can be called."""
         return can_stream(self._module)
 
-    def stream(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+    def stream(self, z: torch.Tensor) -> Generator[torch.Tensor, None, None]:
         """What `decode` returns for one clip, (1, C, f, h, w), in groups of frames (1, 3, n, H, W)."""
         return stream(self._module, z)

@@ -11,7 +11,7 @@ has more frames than rows: arithmetic chooses (`memory`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -39,7 +39,7 @@ _GIVE_BACK_EVERY: Final = 8
 
 def stream(
     module: Any, z: torch.Tensor, *, strip_rows: int | None = None, on_progress: OnProgress | None = None
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """What `module.decode(z)` returns for one clip, in groups of frames: as soon as they are there, or all at the end.
 
     Args:
@@ -89,8 +89,7 @@ def decode(
             out[number : number + 1, :, frame : frame + group.shape[2]] = group
             frame += group.shape[2]
             del group
-    if out is None:
-        raise ValueError(f"latents of shape {tuple(z.shape)} hold nothing")
+    assert out is not None
     return out
 
 
