@@ -88,8 +88,7 @@ def decode(
             out[number : number + 1, :, frame : frame + group.shape[2]] = group
             frame += group.shape[2]
             del group
-    if out is None:
-        raise ValueError(f"latents of shape {tuple(z.shape)} hold nothing")
+    assert out is not None
     return out
 
 

@@ -11,9 +11,9 @@ from worker.lowmem_decode.pixel_norm.kernels import NearestConv3x3
 from worker.lowmem_decode.pixel_norm.steps import Added, Conv, FramesUpsample, Program, Step
 
 #: A strip is this part of the largest activation: several are held at once.
-_STRIPS: Final = 96
+_STRIPS: Final = 24
 #: Largest strip on a CPU: several fit a last-level cache.
-_STRIP_CPU_BYTES: Final = 8 << 20
+_STRIP_CPU_BYTES: Final = 16 << 20
 #: Strips held at once: what goes into a convolution and what comes out, and what waits at each change of resolution.
 _STRIPS_HELD: Final = 7
 #: Memory of attention scores, as a part of the largest activation.

@@ -60,7 +60,7 @@ class Conv:
 
     def attach(self, source: Strips, group: Group) -> Strips:
         kernel = self.kernel
-        widest = max(kernel.in_channels * (1 + kernel.frames_beside), kernel.out_channels * kernel.factor**2)
+        widest = max(kernel.in_channels, kernel.out_channels * kernel.factor**2)
         cut = Cut(source, lambda strip: group.rows(len(strip) * strip.shape[2] * widest * strip.element_size()))
         strips: Strips = cut if self.norm is None else Mapped(cut, self._normed)
         if kernel.frames_beside:

@@ -1,0 +1,68 @@
+"""Memory of decodes of VAEs with norms per pixel, as the peak of the resident set of a process of its own."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.processes import ROOT
+
+_MEASURED = """
+import json, sys, torch
+from tests.support.pixel_norm_vaes import latents_of, wan
+from worker import lowmem_decode
+from worker.decode_meter import measure
+torch.set_num_threads(1)
+frames, side = int(sys.argv[1]), int(sys.argv[2])
+vae = wan(base_dim=32, num_res_blocks=0).eval()
+del vae.encoder
+
+def decode(z):
+    for group in lowmem_decode.stream(vae, z):
+        del group
+
+decode(latents_of(vae, 2, 4, 4))
+z = latents_of(vae, frames, side, side)
+largest = lowmem_decode.largest_bytes(vae, z.shape, torch.float32)
+print(json.dumps([measure(decode, z).peak_bytes, largest]))
+"""
+
+
+@functools.cache
+def peak_and_largest(frames: int, side: int) -> tuple[int, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED, str(frames), str(side)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    peak, largest = json.loads(done.stdout.splitlines()[-1])
+    if peak == 0:
+        pytest.skip("the kernel does not let a process reset its peak")
+    return peak, largest
+
+
+def test_a_picture_takes_less_than_its_largest_activation() -> None:
+    peak, largest = peak_and_largest(1, 64)
+    assert peak <= 1.0 * largest
+
+
+def test_a_short_clip_takes_at_most_1_6_of_the_largest_activation() -> None:
+    peak, largest = peak_and_largest(3, 24)
+    assert peak <= 1.6 * largest
+
+
+def test_the_peak_does_not_grow_with_the_clip() -> None:
+    """From a length on at which frames go through one after the other."""
+    longer, _ = peak_and_largest(24, 8)
+    shorter, _ = peak_and_largest(12, 8)
+    assert longer <= 1.15 * shorter + (4 << 20)
