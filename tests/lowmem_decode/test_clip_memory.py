@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from worker import lowmem_decode
 
 #: VAEs, and latents. The largest activation has 32 channels in float32: 58 MiB of 13 frames of 192², 216 MiB of Mochi's
 #: 48 frames, 49 MiB of 8 frames of 224².
-_MADE = {
+_MADE: Mapping[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "hunyuan_video": (lambda: hunyuan_video(block_out_channels=(16, 32, 32, 32)), (1, 4, 4, 24, 24)),
     "mochi": (lambda: mochi(decoder_block_out_channels=(32, 32, 32, 32)), (1, 4, 8, 24, 24)),
     "cogvideox": (lambda: cogvideox(block_out_channels=(16, 32, 32, 32)), (1, 4, 2, 28, 28)),
