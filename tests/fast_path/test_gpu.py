@@ -67,7 +67,7 @@ def test_fused_norms_are_those_of_float64(shape: tuple[int, ...], groups: int, l
     x = (torch.randn(shape, device=GPU) * 3 + 10).to(dtype)
     if last:
         x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-    group, rms = nn.GroupNorm(groups, shape[1], eps=1e-6), WanRMS_norm(shape[1], images=len(shape) == 4)  # type: ignore[no-untyped-call]
+    group, rms = nn.GroupNorm(groups, shape[1], eps=1e-6), WanRMS_norm(shape[1], images=len(shape) == 4)
     for parameter in (*group.parameters(), *rms.parameters()):
         nn.init.normal_(parameter, mean=1.0, std=0.3)
     group, rms = group.to(GPU, dtype), rms.to(GPU, dtype)
