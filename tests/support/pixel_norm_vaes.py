@@ -111,7 +111,7 @@ def latents_of(vae: Any, frames: int, height: int, width: int, *, batch: int = 1
     return torch.randn(batch, channels, frames, height, width, generator=generator).to(vae.dtype)
 
 
-def timestep_of(vae: Any, *, batch: int = 1) -> dict[str, torch.Tensor]:
+def timestep_of(vae: Any, *, batch: int = 1) -> dict[str, Any]:
     """The keyword a conditioned VAE's decode takes besides; nothing for the others."""
     if not vae.config.get("timestep_conditioning", False):
         return {}
