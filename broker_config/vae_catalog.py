@@ -81,11 +81,9 @@ class VaeEntry(BaseModel):
         return self.vae_class == "ConsistencyDecoderVAE"
 
     @property
-    def raw_layouts(self) -> tuple[LatentLayout, LatentLayout]:
-        """How the VAE itself takes latents, whatever its pipelines do; the second one with channels innermost."""
-        if set(self.layouts) <= _OF_IMAGE_VAES:
-            return LatentLayout.UNPACKED, LatentLayout.CHANNELS_LAST_IMAGE
-        return LatentLayout.VIDEO, LatentLayout.CHANNELS_LAST
+    def raw_layout(self) -> LatentLayout:
+        """How the VAE itself takes latents, whatever its pipelines do."""
+        return LatentLayout.UNPACKED if set(self.layouts) <= _OF_IMAGE_VAES else LatentLayout.VIDEO
 
     def layout(self, wanted: str | None, *, rank: int | None = None, state: str | None = None) -> LatentLayout:
         """The layout named `wanted`; without a name, the one that fits latents of `rank` dimensions.
@@ -95,8 +93,8 @@ class VaeEntry(BaseModel):
         Raises:
             UnknownLayout: not a layout of this VAE.
         """
-        if state in _RAW and wanted in {str(item) for item in self.raw_layouts}:
-            return LatentLayout(str(wanted))
+        if state in _RAW and wanted == str(self.raw_layout):
+            return self.raw_layout
         if wanted is None:
             fitting = [item for item in self.layouts if rank is None or LAYOUTS[item].rank == rank]
             return fitting[0] if fitting else self.layouts[0]

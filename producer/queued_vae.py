@@ -93,12 +93,8 @@ class Queue:
     def decode(self, latents: torch.Tensor, *, timestep: float | None, num_frames: int | None) -> torch.Tensor:
         """What `vae.decode` makes of `latents`, on the CPU, in the worker's dtype."""
         facts: dict[str, Any] = {} if timestep is None else {"decode_timestep": timestep, "decode_noise_scale": 0.0}
-        layout, innermost = self.entry.raw_layouts
-        if has_channels_innermost(latents):
-            # B, C, (f,) h, w → B, f or 1, h, w, C
-            latents, layout = latents.movedim(1, -1), innermost
-            latents = latents if latents.ndim == 5 else latents.unsqueeze(1)
-        elif num_frames is not None:  # a clip's frames in the batch: Stable Video Diffusion
+        layout = self.entry.raw_layout
+        if num_frames is not None:  # a clip's frames in the batch: Stable Video Diffusion
             count = latents.shape[0] // num_frames
             latents = latents.reshape(count, num_frames, *latents.shape[1:])
             layout, facts["frames_per_call"] = LatentLayout.FRAMES_2D, num_frames
@@ -125,7 +121,7 @@ class Queue:
         job = self.client.encode(
             pixels.movedim(1, -1) if innermost else pixels,
             vae=self.entry.name,
-            layout=str(self.entry.raw_layouts[0]),
+            layout=str(self.entry.raw_layout),
             state=str(LatentState.POSTERIOR),
             **self._options,
         )

@@ -45,10 +45,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     same = ("vae", "side", "dtype")
     for row in rows:
-        plain = next(r for r in rows if r["mode"] == "plain" and all(r[key] == row[key] for key in same))
+        plain = next((r for r in rows if r["mode"] == "plain" and all(r[key] == row[key] for key in same)), None)
+        ratio = f"{row['seconds'] / plain['seconds']:.2f}" if plain else ""
         lines.append(
             f"| {row['vae']} | {row['side']}² | {row['dtype']} | `{row['mode']}` | {row['seconds']:.2f} | "
-            f"{row['seconds'] / plain['seconds']:.2f} | {row['peak_bytes'] / 2**20:.0f} | "
+            f"{ratio} | {row['peak_bytes'] / 2**20:.0f} | "
             f"{row['peak_bytes'] / row['largest_activation_bytes']:.2f} |" + f" {near_plain(row)} |" * near
         )
     return lines

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL
 
 from worker import lowmem_decode
 from worker.bench_plot import draw
@@ -27,12 +27,24 @@ from worker.decode_meter import decoder_of, measure
 from worker.decode_planner import FAST_MODES, DecodeMode
 from worker.fast_path import FastOptions, FastVae, FastVaes
 
-#: The decoders' configurations, as in the config.json of their repositories. All have levels of 128, 256, 512 and 512
-#: channels; the sample size is what diffusers' tiles are cut to.
-ARCHITECTURES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "sd": {"latent_channels": 4, "sample_size": 512},
-    "sdxl": {"latent_channels": 4, "sample_size": 1024},
-    "flux": {"latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False},
+_KL: Final[Mapping[str, Any]] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
+#: Class and configuration of each, as in the config.json of its repository; those of Qwen-Image and Wan 2.1 are the
+#: defaults of their classes. The sample size is what diffusers' tiles are cut to.
+ARCHITECTURES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
+    "sd": ("AutoencoderKL", _KL | {"latent_channels": 4, "sample_size": 512}),
+    "sdxl": ("AutoencoderKL", _KL | {"latent_channels": 4, "sample_size": 1024}),
+    "flux": (
+        "AutoencoderKL",
+        _KL | {"latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False},
+    ),
+    "qwen-image": ("AutoencoderKLQwenImage", {}),
+    "wan": ("AutoencoderKLWan", {}),
 }
 #: Longest one measurement may take.
 _TIMEOUT_S: Final = 1800
@@ -41,30 +53,39 @@ _TIMEOUT_S: Final = 1800
 def random_vae(name: str, *, device: torch.device, dtype: torch.dtype) -> Any:
     """A VAE of this architecture with random weights, without its encoder."""
     torch.manual_seed(0)
-    autoencoder: Any = AutoencoderKL
-    vae = autoencoder(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        norm_num_groups=32,
-        **ARCHITECTURES[name],
-    ).eval()
+    kind, config = ARCHITECTURES[name]
+    vae = getattr(diffusers, kind)(**config).eval()
     del vae.encoder
     return vae.to(device=device, dtype=dtype)
+
+
+def latents_of(vae: Any, side: int) -> torch.Tensor:
+    """Random latents of one square picture: (1, C, h, w), or (1, C, 1, h, w) for a VAE of clips."""
+    is_clip = type(vae).__name__ != "AutoencoderKL"
+    channels = int(vae.config.z_dim if is_clip else vae.config.latent_channels)
+    return torch.randn(1, channels, *((1,) if is_clip else ()), side // 8, side // 8)
+
+
+def cut_tiles(vae: Any, side: int) -> None:
+    """Tiles as diffusers cuts them, but so that there are tiles at all."""
+    if type(vae).__name__ == "AutoencoderKL":
+        vae.tile_sample_min_size = min(vae.tile_sample_min_size, side // 2)
+        vae.tile_latent_min_size = vae.tile_sample_min_size // 8
+        return
+    tile = min(vae.tile_sample_min_height, side // 2)
+    vae.tile_sample_min_height = vae.tile_sample_min_width = tile
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = tile * 3 // 4
 
 
 def measure_here(name: str, *, side: int, mode: DecodeMode, device: str, dtype: str, repeats: int) -> dict[str, Any]:
     """One figure, measured in this process."""
     where, kind = torch.device(device), getattr(torch, dtype)
     vae = random_vae(name, device=where, dtype=kind)
-    channels = int(ARCHITECTURES[name]["latent_channels"])
-    if mode is DecodeMode.TILED:  # as diffusers cuts them, but so that there are tiles at all
-        vae.tile_sample_min_size = min(vae.tile_sample_min_size, side // 2)
-        vae.tile_latent_min_size = vae.tile_sample_min_size // 8
+    if mode is DecodeMode.TILED:
+        cut_tiles(vae, side)
     fast = _fast_vae(vae, side=side, mode=mode) if mode in FAST_MODES else None
     decode = decoder_of(vae, mode, fast=fast)
-    latents = torch.randn(1, channels, side // 8, side // 8).to(where, kind)
+    latents = latents_of(vae, side).to(where, kind)
     measure(decode, latents[..., :16, :16])
     took = [measure(decode, latents) for _ in range(repeats)]
     largest = lowmem_decode.largest_bytes(vae, latents.shape, kind)
@@ -165,9 +186,9 @@ def _processor() -> str:
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The figures for a terminal, each beside plain decode's of the same VAE, size and dtype."""
     figures = f"{'seconds':>9}{'× plain':>9}{'MiB':>8}{'× largest':>11}{'dB':>7}"
-    yield f"{'vae':<6}{'side':>6}  {'dtype':<10}{'mode':<12}{figures}"
+    yield f"{'vae':<11}{'side':>6}  {'dtype':<10}{'mode':<12}{figures}"
     for row in rows:
-        start = f"{row['vae']:<6}{row['side']:>6}  {row['dtype']:<10}{row['mode']:<12}"
+        start = f"{row['vae']:<11}{row['side']:>6}  {row['dtype']:<10}{row['mode']:<12}"
         if "error" in row:
             yield f"{start}  {row['error']}"
             continue

@@ -60,6 +60,7 @@ def assert_accepted_once(admin: Any, job_id: str, way: Way = SMALL) -> None:
             keys.blob(blob),
             keys.owners(blob),
             keys.TOTALS,
+            keys.SUBMITTED,
             keys.bell("sd"),
             QUEUE,
             "rq:queues",

@@ -56,6 +56,7 @@ class Reporter:
 
 class Leases:
     def enter(self, *a, **k): pass
+    def expect(self, *a, **k): pass
     def tell(self, *a): pass
 
 def take(work, stream):
