@@ -37,11 +37,11 @@ _KL: Final[Mapping[str, Any]] = {
 #: Class and configuration of each, as in the config.json of its repository; those of Qwen-Image and Wan 2.1 are the
 #: defaults of their classes. The sample size is what diffusers' tiles are cut to.
 ARCHITECTURES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
-    "sd": ("AutoencoderKL", _KL | {"latent_channels": 4, "sample_size": 512}),
-    "sdxl": ("AutoencoderKL", _KL | {"latent_channels": 4, "sample_size": 1024}),
+    "sd": ("AutoencoderKL", {**_KL, "latent_channels": 4, "sample_size": 512}),
+    "sdxl": ("AutoencoderKL", {**_KL, "latent_channels": 4, "sample_size": 1024}),
     "flux": (
         "AutoencoderKL",
-        _KL | {"latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False},
+        {**_KL, "latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False},
     ),
     "qwen-image": ("AutoencoderKLQwenImage", {}),
     "wan": ("AutoencoderKLWan", {}),
