@@ -241,7 +241,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(measure_here(settings.pop("vae"), **settings | {"mode": DecodeMode(settings["mode"])})))
         return 0
     device = torch.device(arguments.device)
-    rows = []
+    around = surroundings(device)
+    if arguments.threads is not None:
+        around["threads"] = arguments.threads
+    rows: list[dict[str, Any]] = []
     for vae in arguments.vae or ("sd", "sdxl"):
         for dtype in arguments.dtype or ("float16" if device.type == "cuda" else "float32",):
             for side in arguments.side or (512, 1024):
@@ -249,13 +252,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     settings = {"vae": vae, "side": side, "mode": mode, "dtype": dtype, "device": arguments.device}
                     row = measure_apart(settings | {"repeats": arguments.repeats}, threads=arguments.threads)
                     rows.append(row)
-                    print(f"measured {vae} {side} {dtype} {mode}", file=sys.stderr)
+                    print(f"measured {vae} {side} {dtype} {mode}", file=sys.stderr, flush=True)
+                    if arguments.json is not None:  # at once: a run that is stopped has measured what it has
+                        text = json.dumps({"figures": rows, **around}, indent=2)
+                        arguments.json.write_text(text + "\n", encoding="utf-8")
     print("\n".join(table(rows)))
-    figures = {"figures": rows, **surroundings(device)}
-    if arguments.threads is not None:
-        figures["threads"] = arguments.threads
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if arguments.plot is not None:
         draw(rows).save(arguments.plot)
     return 1 if any("error" in row for row in rows) else 0
