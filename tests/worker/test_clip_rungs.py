@@ -15,7 +15,7 @@ from broker_config.latent_geometry import LatentLayout
 from broker_config.messages import BlobRef, DecodeRequest, Output
 from broker_config.vae_catalog import VaeEntry
 from tests.support.clip_vaes import clip_family
-from worker import device_stage
+from worker import decode_ways
 from worker.batch_decode import BatchDecoder
 from worker.device_stage import DeviceStage
 from worker.frame_stream import can_stream, frames_at_once, stream_frames
@@ -119,7 +119,7 @@ def test_a_clip_that_does_not_fit_goes_to_the_low_memory_rung(name: str, monkeyp
     latents = torch.randn(1, 4, 4, 2, 3, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = clip_family(name).decode(latents, return_dict=False)[0]
-    monkeypatch.setattr(device_stage, "free_bytes", lambda device: 1)  # by the estimate not even one clip fits
+    monkeypatch.setattr(decode_ways, "free_bytes", lambda device: 1)  # by the estimate not even one clip fits
     work, chunks, failed = decoded(name, latents, output=Output.TENSOR)
     assert not failed
     assert work.decoded_by["rung"] == Rung.LOW_MEMORY
@@ -129,7 +129,7 @@ def test_a_clip_that_does_not_fit_goes_to_the_low_memory_rung(name: str, monkeyp
 @pytest.mark.parametrize(("name", "groups"), [("hunyuan_video", 1), ("mochi", 4), ("cogvideox", 2)])
 def test_frames_go_out_while_later_ones_are_decoded(name: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = torch.randn(1, 4, 4, 2, 3, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(device_stage, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(decode_ways, "free_bytes", lambda device: 1)
     work, chunks, failed = decoded(name, latents, output=Output.MP4)
     monkeypatch.undo()
     plain, whole, _ = decoded(name, latents, output=Output.MP4)

@@ -15,7 +15,7 @@ from broker_config.settings import Settings
 from producer import DecodeClient, JobHandle, JobStatus
 from tests.support.thread_worker import ThreadWorker, stage_threads
 from tests.support.wait import wait_until
-from worker import device_stage, fetch_stage
+from worker import decode_ways, device_stage, fetch_stage
 from worker.decode_worker import EXIT_BROKEN
 from worker.vae_pool import LoadedVae, VaePool
 
@@ -64,7 +64,7 @@ def reap(client: DecodeClient, job: JobHandle) -> str:
 def test_a_job_that_breaks_every_device_fails_and_the_one_behind_it_is_unmarked(
     client: DecodeClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_stage, "free_bytes", lose_device)
+    monkeypatch.setattr(decode_ways, "free_bytes", lose_device)
     patient = settings.model_copy(update={"lease_s": 60.0})
     deadly, behind = submit(client), submit(client)
     ends = []
