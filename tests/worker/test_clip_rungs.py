@@ -52,6 +52,9 @@ class NoLeases:
     def enter(self, *_: object, **__: object) -> None:
         return
 
+    def expect(self, *_: object, **__: object) -> None:
+        return
+
     def tell(self, *_: object) -> None:
         return
 
