@@ -99,10 +99,11 @@ class RedisBlobStore:
     def get_many(self, refs: Sequence[BlobRef]) -> list[bytes | BlobError]:
         with broker_errors(self._connections.url):
             found = self._connections.blobs.mget([keys.blob(ref.name) for ref in refs])
-        return [_result_of(ref, data) for ref, data in zip(refs, found, strict=True)]
+        return [checked_or_error(ref, data) for ref, data in zip(refs, found, strict=True)]
 
 
-def _result_of(ref: BlobRef, data: object) -> bytes | BlobError:
+def checked_or_error(ref: BlobRef, data: object) -> bytes | BlobError:
+    """`data`, if it is what `ref` names; else what is wrong with it (None: it is not there)."""
     try:
         return checked(ref, _present(ref, data))
     except BlobError as error:

@@ -1,11 +1,13 @@
 """What a container or a service leaves to its processes: the memory limit of the control group, and what is free in it.
 
 `/proc/meminfo` tells of the whole machine, and a process that believes it is killed without a word. Both versions of
-control groups are read (kernel documentation, admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst).
+control groups are read (kernel documentation, admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst). A worker asks before
+each decode, so the files are looked for once in a process; the limits themselves may change at any time.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -50,13 +52,23 @@ def free_bytes(*, root: Path = _ROOT, own: Path = _OWN) -> int | None:
 def _limits(root: Path, own: Path) -> list[tuple[int, int]]:
     """(limit, used) of the group and of each above it that has a limit."""
     found = []
-    for files in (_V2, _V1):
-        for folder in _folders(root, own, files):
-            limit = _number(folder / files.limit)
-            used = _number(folder / files.used)
-            if limit is not None and used is not None and limit < _NO_LIMIT:
-                found.append((limit, max(0, used - _stat(folder / "memory.stat", files.reclaimable))))
+    for limit_file, used_file, stat_file, reclaimable in _found(root, own):
+        limit = _number(limit_file)
+        used = None if limit is None or limit >= _NO_LIMIT else _number(used_file)
+        if limit is not None and used is not None:
+            found.append((limit, max(0, used - _stat(stat_file, reclaimable))))
     return found
+
+
+@functools.cache
+def _found(root: Path, own: Path) -> tuple[tuple[str, str, str, str], ...]:
+    """Files of limit, use and statistics, and the line of the latter that is wanted, of the groups that have them."""
+    return tuple(
+        (str(folder / files.limit), str(folder / files.used), str(folder / "memory.stat"), files.reclaimable)
+        for files in (_V2, _V1)
+        for folder in _folders(root, own, files)
+        if (folder / files.limit).is_file()
+    )
 
 
 def _folders(root: Path, own: Path, files: _Files) -> list[Path]:
@@ -75,16 +87,17 @@ def _folders(root: Path, own: Path, files: _Files) -> list[Path]:
     return [base]
 
 
-def _number(path: Path) -> int | None:
+def _number(path: str) -> int | None:
     try:
-        return int(path.read_text(encoding="ascii"))
+        with open(path, encoding="ascii") as file:
+            return int(file.read())
     except (OSError, ValueError):  # not there, or "max"
         return None
 
 
-def _stat(path: Path, name: str) -> int:
+def _stat(path: str, name: str) -> int:
     try:
-        lines = path.read_text(encoding="ascii").splitlines()
+        with open(path, encoding="ascii") as file:
+            return next((int(line.split()[1]) for line in file if line.split()[0] == name), 0)
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)

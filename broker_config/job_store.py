@@ -37,6 +37,8 @@ from broker_config.webhook_secrets import entries_of
 
 #: How far behind the head of a queue a claim looks for jobs of the same bucket.
 CLAIM_WINDOW: Final = 64
+#: Latents up to this size come along with their claim: a 1024² picture's in half precision, with its header.
+ALONG_BYTES: Final = 136_000
 #: Bytes a picture may take once encoded, for admission: a PNG of a photograph is 1.5 bytes a pixel, a tensor 12.
 _RESERVE_BYTES_PER_PX: Final = {"tensor": 12.0, "uint8": 3.0, "png": 2.0, "webp": 0.4, "jpg": 0.6, "mp4": 0.1}
 
@@ -85,6 +87,8 @@ class Claim(NamedTuple):
     #: 1 for the first attempt.
     attempt: int
     crashes: int
+    #: The latents' bytes, unchecked, where they are small and lie in the broker; None: they are to be fetched.
+    latents: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +111,8 @@ class Renewal:
     stage: str
     done: int = 0
     total: int = 0
+    #: False: its stage is told, the lease only extended if less than half of it is left.
+    extend: bool = True
 
 
 class JobStore:
@@ -277,7 +283,7 @@ class JobStore:
         found = self.find(job_ids)
         for job_id in job_ids:
             if job_id not in found:
-                raise JobNotFound(f"no job {job_id}: the id is wrong, or its tombstone is gone too", job_id=job_id)
+                raise _not_found(job_id)
         return [found[job_id] for job_id in job_ids]
 
     def find(self, job_ids: Sequence[str]) -> dict[str, JobSnapshot]:
@@ -298,7 +304,7 @@ class JobStore:
         ]
         rows = [row for row in rows if "state" in row[1]]
         ended = {record["state"] for _, record, _ in rows if JobStatus(record["state"]).is_terminal}
-        served = self.served({record["vae"] for _, record, _ in rows if record["state"] not in ended})
+        served = self.served({record["vae"] for _, record, _ in rows if record["state"] not in ended}, now_ms=now_ms)
         return {
             job_id: _snapshot(
                 job_id, record, errors, served=record["state"] in ended or record["vae"] in served, now_ms=now_ms
@@ -306,12 +312,35 @@ class JobStore:
             for job_id, record, errors in rows
         }
 
-    def served(self, vaes: Iterable[str]) -> set[str]:
-        """Those of `vaes` that a live worker serves."""
+    def ended(self, job_ids: Sequence[str]) -> list[str]:
+        """Those of these jobs that have ended, in one round trip.
+
+        Raises:
+            JobNotFound: one of them does not exist.
+        """
+        with (
+            broker_errors(self.connections.url),
+            self.connections.commands.pipeline(transaction=False) as pipe,
+        ):
+            for job_id in job_ids:
+                pipe.hget(keys.job(job_id), "state")
+            states = pipe.execute()
+        for job_id, state in zip(job_ids, states, strict=True):
+            if state is None:
+                raise _not_found(job_id)
+        return [job_id for job_id, state in zip(job_ids, states, strict=True) if JobStatus(state.decode()).is_terminal]
+
+    def served(self, vaes: Iterable[str], *, now_ms: int | None = None) -> set[str]:
+        """Those of `vaes` that a live worker serves.
+
+        Args:
+            vaes: names in the catalogue.
+            now_ms: the broker's time, where it is known.
+        """
         names = sorted(vaes)
         if not names:
             return set()
-        now = self.now_ms()
+        now = self.now_ms() if now_ms is None else now_ms
         with (
             broker_errors(self.connections.url),
             self.connections.commands.pipeline(transaction=False) as pipe,
@@ -370,11 +399,12 @@ class JobStore:
             default_mode,
             rq_format.exc_string(_FOREIGN),
             _FOREIGN_TTL_S * 1000,
+            ALONG_BYTES,
             *(part for vae in vaes for part in (vae, max_px if isinstance(max_px, int) else max_px[vae])),
         )
         return [
-            Claim(job_id.decode(), token, message, data, int(attempt), int(crashes))
-            for job_id, message, data, attempt, crashes in rows
+            Claim(job_id.decode(), token, message, data, int(attempt), int(crashes), latents or None)
+            for job_id, message, data, attempt, crashes, latents in rows
         ]
 
     def renew(self, worker: str, renewals: Sequence[Renewal]) -> list[str]:
@@ -383,7 +413,7 @@ class JobStore:
             return []
         args: list[str | int] = []
         for item in renewals:
-            args += [item.job_id, item.execution, item.stage, item.done, item.total]
+            args += [item.job_id, item.execution, item.stage, item.done, item.total, int(item.extend)]
         words = self._run("renew", worker, round(self.settings.lease_s * 1000), *args)
         return [word.decode() for word in words]
 
@@ -531,6 +561,10 @@ def _queue_full(reason: str, request: DecodeRequest, settings: Settings) -> Queu
 
 def _text(value: bytes | str) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _not_found(job_id: str) -> JobNotFound:
+    return JobNotFound(f"no job {job_id}: the id is wrong, or its tombstone is gone too", job_id=job_id)
 
 
 def _decode(raw: Mapping[bytes, bytes]) -> dict[str, str]:

@@ -7,6 +7,7 @@ worker (it never fails it); a field a reader does not know is ignored, a field i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -234,21 +235,29 @@ class DecodeRequest:
 
         Where the latents lie is no part of that: a replay stores them under another name, or in another store.
         """
-        latents = dataclasses.replace(self.latents, store="", name="")
-        return hashlib.sha256(dataclasses.replace(self, latents=latents).to_wire()).hexdigest()
+        wire = self._to_json()
+        wire["latents"] |= {"store": "", "name": ""}
+        return hashlib.sha256(_canonical(wire)).hexdigest()
 
     def to_wire(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, defaults left out."""
+        return _canonical(self._to_json())
+
+    def _to_json(self) -> dict[str, Any]:
         wire: dict[str, Any] = {}
-        for spec in dataclasses.fields(self):
-            value = getattr(self, spec.name)
-            if dataclasses.is_dataclass(value) and not isinstance(value, type):
-                value = dataclasses.asdict(value)
-            elif isinstance(value, tuple | Mapping):
-                value = list(value) if isinstance(value, tuple) else dict(value)
-            if value not in (None, {}) and value is not Kind.DECODE:
-                wire[spec.name] = value
-        return json.dumps(wire, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+        for name in _request_fields():
+            value = getattr(self, name)
+            if value is None or value is Kind.DECODE:
+                continue
+            if not isinstance(value, str | int | float):
+                if isinstance(value, BlobRef | Webhook):
+                    value = dataclasses.asdict(value)
+                elif isinstance(value, tuple):
+                    value = list(value)
+                elif not (value := dict(value)):
+                    continue
+            wire[name] = value
+        return wire
 
     @classmethod
     def from_wire(cls, data: bytes | str) -> Self:
@@ -264,9 +273,9 @@ class DecodeRequest:
                 raise UnsupportedMessage(
                     f"schema_version is {version}, this process knows up to {SCHEMA_VERSION}: upgrade it"
                 )
-            known = {spec.name for spec in dataclasses.fields(cls)}
+            known = _request_fields()
             wire = {key: value for key, value in wire.items() if key in known}
-            _check_types(cls, wire)
+            _check_types(known, wire)
             wire["latents"] = BlobRef(**wire["latents"])
             wire["shape"] = tuple(int(size) for size in wire["shape"])
             wire["output"] = Output(wire["output"])
@@ -299,15 +308,24 @@ _JSON_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
 }
 
 
-def _check_types(message: type[DecodeRequest], wire: Mapping[str, Any]) -> None:
-    for spec in dataclasses.fields(message):
-        kinds = _JSON_TYPES.get(str(spec.type))
-        if kinds is None or spec.name not in wire:
+def _canonical(wire: Mapping[str, Any]) -> bytes:
+    return json.dumps(wire, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+@functools.cache
+def _request_fields() -> Mapping[str, tuple[type, ...] | None]:
+    """The request's fields, and what JSON holds for each; None: it is made from its JSON, which checks it."""
+    return {spec.name: _JSON_TYPES.get(str(spec.type)) for spec in dataclasses.fields(DecodeRequest)}
+
+
+def _check_types(known: Mapping[str, tuple[type, ...] | None], wire: Mapping[str, Any]) -> None:
+    for name, value in wire.items():
+        kinds = known[name]
+        if kinds is None:
             continue
-        value = wire[spec.name]
         right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
         if not right or (dict in kinds and not all(isinstance(item, str) for item in value.values())):
-            raise UnsupportedMessage(f"the job's message cannot be read: {spec.name} is {value!a:.80}")
+            raise UnsupportedMessage(f"the job's message cannot be read: {name} is {value!a:.80}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

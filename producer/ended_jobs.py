@@ -59,16 +59,14 @@ def ended_now(store: JobStore, job_ids: list[str]) -> Iterator[str]:
         JobNotFound: one of them does not exist.
     """
     for start in range(0, len(job_ids), _WATCH_CHUNK):
-        for snapshot in store.snapshots(job_ids[start : start + _WATCH_CHUNK]):
-            if snapshot.status.is_terminal:
-                yield snapshot.job_id
+        yield from store.ended(job_ids[start : start + _WATCH_CHUNK])
 
 
 def _next_ended(store: JobStore, job_ids: list[str], *, block_s: float) -> list[str]:
     """Those of `job_ids` that ended; waits up to `block_s` for the first."""
     ended = heard_of(store, job_ids, block_s=block_s)
     if not ended:  # a result may have been retired between two looks, and its stream with it
-        ended = [item.job_id for item in store.snapshots(job_ids[:_WATCH_CHUNK]) if item.status.is_terminal]
+        ended = store.ended(job_ids[:_WATCH_CHUNK])
     return ended
 
 

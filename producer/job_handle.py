@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from broker_config.errors import (
+    BlobMissing,
     BrokerUnreachable,
     JobCanceled,
     JobFailed,
@@ -41,6 +42,8 @@ class JobHandle:
         self._client = client
         #: The job's id; `client.job(id)` makes the handle again, in any process.
         self.id = job_id
+        #: The result, once it was seen: a job succeeds once, and then only its retention can end.
+        self._result: DecodeResult | None = None
 
     def __repr__(self) -> str:
         return f"JobHandle({self.id!r})"
@@ -53,7 +56,7 @@ class JobHandle:
             JobNotFound: no such job.
         """
         try:
-            return self._client.store.snapshot(self.id)
+            found = self._client.store.snapshot(self.id)
         except (JobNotFound, BrokerUnreachable) as error:
             spool = self._client.spool
             if spool is None or not spool.spool.holds([self.id]):
@@ -61,6 +64,8 @@ class JobHandle:
             raise JobSpooled(
                 f"job {self.id} waits in the spool {spool.spool.folder} until the broker takes it", job_id=self.id
             ) from error
+        self._result = found.result
+        return found
 
     def status(self) -> JobStatus:
         """Where the job is."""
@@ -94,7 +99,12 @@ class JobHandle:
             JobNotFinished, JobFailed, JobCanceled, ResultExpired: as `result`.
             BlobMissing, BlobCorrupt: the bytes are gone or damaged.
         """
-        return [(item, self._client.blobs.get(item.blob)) for item in self.result().artifacts]
+        result = self._result or self.result()
+        try:
+            return [(item, self._client.blobs.get(item.blob)) for item in result.artifacts]
+        except BlobMissing:
+            self.result()  # says so if the retention has ended meanwhile
+            raise
 
     def preview(self, timeout: float | None = 0.0) -> Image.Image | None:
         """What a small VAE makes of the first picture of a job with `preview`, while its own VAE is still at work.

@@ -7,7 +7,12 @@ rungs of the ladder follow, so that a decode that runs out of memory always find
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
 
 from broker_config.messages import DecodeRequest, Kind, Mode
 from worker import lowmem_decode
@@ -27,6 +32,9 @@ from worker.memory_ladder import (
 from worker.settings import WorkerSettings
 from worker.stages import Work
 from worker.vae_pool import LoadedVae, can_tile
+
+#: How long an answer to what is free is taken for the next decodes as well.
+_FREE_IS_NEWS_S: Final = 0.05
 
 
 def fast_options(own: WorkerSettings) -> FastOptions:
@@ -53,6 +61,10 @@ class DecodeWays:
         self._fast = fast
         self._memory = memory
         self._default_mode = default_mode
+        #: Modules whose structure was looked at, which takes as long as a small decode.
+        self._low_memory: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+        #: Free memory of devices, and when (`time.monotonic()`) it was asked for.
+        self._free: dict[torch.device, tuple[int, float]] = {}
 
     def of_job(self, vae: LoadedVae, request: DecodeRequest) -> list[How]:
         """Ways to decode one job. A VAE that draws noise for a batch draws other noise for its parts: one way only."""
@@ -68,7 +80,7 @@ class DecodeWays:
             rungs(
                 items=request.batch,
                 first=first,
-                low_memory=decodes and lowmem_decode.supports(vae.module) is None,
+                low_memory=decodes and self._has_low_memory(vae),
                 tiling_allowed=request.allow_tiling and can_tile(vae.module),
                 best=best,
             )
@@ -92,7 +104,7 @@ class DecodeWays:
             model,
             items=items,
             pixels_per_item=request.pixels // request.batch,
-            free_bytes=free_bytes(vae.device),
+            free_bytes=self._free_bytes(vae.device),
             exact_bits=not self._is_fast(request),
             without=(*without, *self._barred(vae, request)),
         )
@@ -104,7 +116,7 @@ class DecodeWays:
         spatial = vae.entry.spatial
         if fast is None or request.is_video or not fast.compiles(request.height // spatial, request.width // spatial):
             barred.append(DecodeMode.COMPILED)
-        if lowmem_decode.supports(vae.module) is not None:
+        if not self._has_low_memory(vae):
             barred += [DecodeMode.LOW_MEMORY, DecodeMode.LEAN]
         return barred
 
@@ -118,8 +130,20 @@ class DecodeWays:
         return items_that_fit(
             bytes_per_px=self._memory.bytes_per_px(vae.entry.name, dtype=vae.dtype, guess=guess),
             pixels_per_item=pixels_at_once(vae, request),
-            free=free_bytes(vae.device),
+            free=self._free_bytes(vae.device),
         )
+
+    def _free_bytes(self, device: torch.device) -> int:
+        """What a decode may take, by an answer that small decodes share: asking takes as long as one of them."""
+        now = time.monotonic()
+        if device not in self._free or now - self._free[device][1] > _FREE_IS_NEWS_S:
+            self._free[device] = (free_bytes(device), now)
+        return self._free[device][0]
+
+    def _has_low_memory(self, vae: LoadedVae) -> bool:
+        if vae.module not in self._low_memory:
+            self._low_memory[vae.module] = lowmem_decode.supports(vae.module) is None
+        return self._low_memory[vae.module]
 
     def _ways_of(self, vae: LoadedVae) -> FastVae | None:
         return self._fast.of(vae.module, half_suits=vae.half_suits)

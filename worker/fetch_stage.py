@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 from uuid import uuid4
 
-from broker_config.blob_store import BlobStore
+from broker_config.blob_store import BlobStore, checked_or_error
 from broker_config.errors import (
     BlobError,
     BlobStoreUnknown,
@@ -221,8 +221,7 @@ class FetchStage:
             except Exception as error:
                 self._reporter.fail(claim, failure_of(error), stage="fetch")
         with Timer() as timer:
-            refs = [request.latents for _, request in asked]
-            found = self._patience.repeat(lambda: self._blobs.get_many(refs)) if refs else []
+            found = self._latents_of(asked)
         works: list[Work] = []
         for (claim, request), data in zip(asked, found, strict=True):
             if isinstance(data, BlobStoreUnknown):  # set up since this worker started: not the job's fault
@@ -234,6 +233,15 @@ class FetchStage:
                 continue
             works.append(Work(claim=claim, request=request, latents=latents, timings_s={"fetch": timer.s}))
         return works
+
+    def _latents_of(self, asked: Sequence[tuple[Claim, DecodeRequest]]) -> list[bytes | BlobError]:
+        """Bytes that came along with the claims, and the others, in one round trip."""
+        refs = [request.latents for claim, request in asked if claim.latents is None]
+        fetched = iter(self._patience.repeat(lambda: self._blobs.get_many(refs)) if refs else ())
+        return [
+            next(fetched) if claim.latents is None else checked_or_error(request.latents, claim.latents)
+            for claim, request in asked
+        ]
 
 
 def _usable(data: bytes | BlobError) -> bytes:

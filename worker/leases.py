@@ -161,7 +161,7 @@ class LeaseKeeper:
                 if id_ in ids or item.stage not in (item.told, "finish")
             ]
         try:
-            self._renew(held)
+            self._renew(held, extend=False)
         except BrokerError as error:
             logger.warning("stage not told: %s", error, extra={"action": "renew_postponed"})
 
@@ -243,7 +243,7 @@ class LeaseKeeper:
             self._on_hang(item.claim, item.stage)
         return in_time
 
-    def _renew(self, held: Sequence[Held]) -> None:
+    def _renew(self, held: Sequence[Held], *, extend: bool = True) -> None:
         said = [
             Renewal(
                 job_id=item.claim.job_id,
@@ -251,6 +251,7 @@ class LeaseKeeper:
                 stage=item.stage,
                 done=item.done,
                 total=item.total,
+                extend=extend,
             )
             for item in held
         ]
@@ -262,6 +263,8 @@ class LeaseKeeper:
                 item.told = renewal.stage
                 if word == "lost" and self._held.get(item.claim.job_id) is item:
                     item.lost = True
+                    if item.stage == "finish":
+                        continue  # its success crossed this word, or the answer to it will say that it came too late
                     logger.warning("job %s is no longer ours", item.claim.job_id, extra={"action": "lease_lost"})
                 elif word == "cancel":
                     item.cancel = True

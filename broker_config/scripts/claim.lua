@@ -1,16 +1,23 @@
 -- Takes the head of a queue and, when allowed, the jobs behind it in the same bucket.
 -- ARGV: token, worker, lease_ms, max_jobs, window, ageing_ms, schema_version, deadline_exc, default mode,
---   foreign_exc, foreign_ttl_ms, then for each VAE: its name and the pixels of one batch. Queues of a VAE are tried
---   high, normal, low.
+--   foreign_exc, foreign_ttl_ms, along_bytes (latents up to this size come along), then for each VAE: its name and the
+--   pixels of one batch. Queues of a VAE are tried high, normal, low.
 -- The token makes it safe to send again: the same token gets the same answer, and the one before it, which can only
 -- be a copy that was late on its way, gets nothing.
--- Returns {{id, message, rq_data, attempt, crashes}, …}
+-- Returns {{id, message, rq_data, attempt, crashes, latents or ''}, …}
 local token, worker, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local max_jobs, window = tonumber(ARGV[4]), tonumber(ARGV[5])
 local ageing_ms, schema, deadline_exc, default_mode = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], ARGV[9]
-local foreign_exc, foreign_ttl_ms = ARGV[10], tonumber(ARGV[11])
+local foreign_exc, foreign_ttl_ms, along_bytes = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[12])
 local memo = P .. 'claim:' .. worker
 local now = now_ms()
+
+-- '': they are large, lie outside, or are not there; whoever reads them finds out.
+local function latents_of(rec)
+  if tonumber(rec.latents_bytes) > along_bytes or outside(rec.blob) then return '' end
+  local bytes = redis.pcall('GET', P .. 'blob:' .. rec.blob)
+  return type(bytes) == 'string' and bytes or ''
+end
 
 local function answer(ids)
   local out = {}
@@ -18,7 +25,7 @@ local function answer(ids)
     local rec = record(id)
     if rec and rec.execution == token and rec.state == 'processing' then
       out[#out + 1] = { id, rec.message, call('HGET', RQ .. 'job:' .. id, 'data') or '', rec.attempts or '1',
-        rec.crashes or '0' }
+        rec.crashes or '0', latents_of(rec) }
     end
   end
   return out
@@ -96,7 +103,7 @@ local function head_of(queue, vae)
 end
 
 local best, best_rank, max_px
-for i = 12, #ARGV, 2 do
+for i = 13, #ARGV, 2 do
   local vae = ARGV[i]
   if call('SISMEMBER', P .. 'paused', vae) == 0 then
     for rank, priority in ipairs({ 'high', 'normal', 'low' }) do

@@ -186,6 +186,14 @@ def test_ack_frees_latents_and_artifacts_and_the_result_is_refused_as_expired(se
     job.ack()
 
 
+def test_a_handle_that_saw_the_result_says_that_it_was_freed_meanwhile(served: Serving) -> None:
+    job = served.client.submit(picture_latents(), vae="sd")
+    assert job.wait(PATIENCE_S).status is JobStatus.SUCCEEDED
+    served.client.job(job.id).ack()
+    with pytest.raises(ResultExpired, match="submit the latents again"):
+        job.artifacts()
+
+
 def test_ack_of_a_job_that_has_not_ended_is_refused(served: Serving) -> None:
     job = waiting_job(served)
     with pytest.raises(JobNotFinished, match="cancel it instead"):

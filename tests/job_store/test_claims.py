@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from broker_config import keys
+from broker_config.job_store import ALONG_BYTES
 from broker_config.keys import Priority
 from broker_config.messages import JobStatus, Mode
 from tests.support.broker_contents import assert_same, everything
@@ -31,6 +32,15 @@ def test_a_claim_holds_what_the_worker_needs_and_the_job_shows_that_it_runs(queu
     assert snapshot.started_ms >= snapshot.submitted_ms > 0
     lease_ms = queue.admin.zscore(keys.LEASES, job) - snapshot.started_ms
     assert lease_ms == LONG_S * 1000
+
+
+def test_small_latents_come_along_with_their_claim_and_large_ones_do_not(queue: Queue) -> None:
+    small, large, gone = b"s" * ALONG_BYTES, b"l" * (ALONG_BYTES + 1), b"gone"
+    for latents in (small, large, gone):
+        queue.submit(f"job-of-{latents[:1].decode()}", latents=latents)
+    queue.admin.delete(keys.blob("job-of-g.in"))
+    worker = queue.worker()
+    assert [worker.claim_one().latents for _ in range(3)] == [small, None, None]
 
 
 def test_a_higher_priority_is_claimed_first(queue: Queue) -> None:

@@ -7,7 +7,7 @@ import pytest
 from broker_config import keys
 from broker_config.job_store import Outcome
 from broker_config.messages import JobStatus
-from tests.support.store_queue import SHORT_S, Queue, ids
+from tests.support.store_queue import LONG_S, SHORT_S, Queue, ids
 
 # Renew ---------------------------------------------------------------------------------------------------------
 
@@ -106,3 +106,28 @@ def test_a_job_that_someone_else_claimed_is_not_taken_up_again(queue: Queue) -> 
     assert ids(queue.worker("other").claim()) == [job]
     assert cut_off.renew(claim) == ["lost"]
     assert queue.store().snapshot(job).worker == "other"
+
+
+def test_a_word_about_the_stage_alone_leaves_a_lease_that_has_half_of_its_time(queue: Queue) -> None:
+    job = queue.submit()
+    worker = queue.worker()
+    claim = worker.claim_one()
+    before = queue.admin.zscore(keys.LEASES, job)
+    queue.wait_ms(5)
+    assert worker.renew(claim, stage="device", extend=False) == ["renewed"]
+    assert queue.admin.hget(keys.job(job), "stage") == b"device"
+    assert queue.admin.zscore(keys.LEASES, job) == before
+    queue.admin.zadd(keys.LEASES, {job: before - LONG_S * 1000 / 2})  # half of the time went by
+    assert worker.renew(claim, stage="encode", extend=False) == ["renewed"]
+    assert queue.admin.zscore(keys.LEASES, job) > before
+
+
+def test_a_word_about_the_stage_alone_takes_a_job_up_again_and_hears_of_a_cancel(queue: Queue) -> None:
+    job = queue.submit()
+    worker = queue.worker(lease_s=SHORT_S)
+    claim = worker.claim_one()
+    assert queue.reap() == {job: "requeued"}
+    assert worker.renew(claim, extend=False) == ["adopted"]
+    assert queue.admin.zscore(keys.LEASES, job) is not None
+    queue.store().cancel(job)
+    assert worker.renew(claim, extend=False) == ["cancel"]

@@ -67,11 +67,16 @@ class StoreWorker:
         text = "Traceback …\nDecodeFailed: the VAE raised"
         return self.store.fail(claim, error, retryable=retryable, traceback=text, elsewhere=elsewhere)
 
-    def renew(self, *claims: Claim, stage: str = "fetch", done: int = 0, total: int = 0) -> list[str]:
+    def renew(
+        self, *claims: Claim, stage: str = "fetch", done: int = 0, total: int = 0, extend: bool = True
+    ) -> list[str]:
         """Renews the leases of these jobs."""
         return self.store.renew(
             self.name,
-            [Renewal(job_id=c.job_id, execution=c.execution, stage=stage, done=done, total=total) for c in claims],
+            [
+                Renewal(job_id=c.job_id, execution=c.execution, stage=stage, done=done, total=total, extend=extend)
+                for c in claims
+            ],
         )
 
     @staticmethod

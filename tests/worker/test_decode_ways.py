@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -205,3 +206,23 @@ def test_a_worker_in_mode_fast_decodes_the_fast_way_and_says_so(
         if use == "auto":
             assert facts["fast_path"] == {"memory_format": "channels_last", "fused_norms": "torch", "compiled": False}
         assert float(np.abs(exact.array() - job.array()).max()) <= 1e-4
+
+
+def test_small_decodes_share_an_answer_to_what_is_free(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, clock = loaded(), [100.0]
+    asked: list[torch.device] = []
+
+    def free_bytes(device: torch.device) -> int:
+        asked.append(device)
+        return 100 * GB
+
+    ways = measured(vae, free=100 * GB, costs=USUAL)
+    monkeypatch.setattr(decode_ways, "free_bytes", free_bytes)
+    monkeypatch.setattr(decode_ways, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for _ in range(3):
+        ways.of_job(vae, request())
+        clock[0] += 0.02
+    assert len(asked) == 1
+    clock[0] += 0.02
+    ways.of_job(vae, request())
+    assert len(asked) == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +29,14 @@ class Told:
     """Stands in for the broker: notes what it is told, answers what the test wants."""
 
     error: BaseException | None = None
+    #: What it answers of each job.
+    word: str = "renewed"
+    #: Told before it answers.
+    before_answer: Callable[[], None] = lambda: None
     #: Job → stage, of each renewal.
     said: list[dict[str, str]] = field(default_factory=list)
+    #: Whether each renewal was to extend the lease.
+    extended: list[bool] = field(default_factory=list)
     called: threading.Event = field(default_factory=threading.Event)
 
     def renew(self, worker: str, renewals: Sequence[Renewal]) -> list[str]:
@@ -38,7 +44,9 @@ class Told:
         if self.error is not None:
             raise self.error
         self.said.append({item.job_id: item.stage for item in renewals})
-        return ["renewed"] * len(renewals)
+        self.extended += [item.extend for item in renewals]
+        self.before_answer()
+        return [self.word] * len(renewals)
 
 
 @dataclass
@@ -201,3 +209,18 @@ def test_leases_are_renewed_again_after_any_error(error: Exception) -> None:
         wait_until(lambda: told.said, what="the next renewal")
     finally:
         keeper.stop()
+
+
+def test_a_success_that_crosses_a_renewal_is_no_lost_lease(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.keeper.hold([claim("a"), claim("b")], limit_s=LIMIT_S)
+    bench.broker.word = "lost"
+    bench.broker.before_answer = lambda: bench.keeper.enter([claim("a")], "finish")
+    bench.keeper.tell([claim("a"), claim("b")])
+    assert [record.getMessage() for record in caplog.records] == ["job b is no longer ours"]
+
+
+def test_only_a_round_extends_leases(bench: Bench) -> None:
+    bench.keeper.hold([claim("a")], limit_s=LIMIT_S)
+    bench.keeper.tell([claim("a")])
+    bench.pass_s(RENEW_S)
+    assert bench.broker.extended == [False, True]
