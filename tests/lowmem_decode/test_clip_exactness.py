@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import pytest
@@ -12,10 +11,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.support.clip_vaes import CLIP_FAMILIES, clip_family
+from tests.support.last_bits import psnr_db, rounding_db
 from worker import lowmem_decode
 
 #: What issue and docs promise in float32.
 TOLERANCE = 1e-4
+#: What they promise in bfloat16, and by how much two roundings of a few small frames differ by chance.
+PSNR_DB = 55.0
+CHANCE_DB = 4.0
 MODELS = ("hunyuan_video", "mochi", "cogvideox")
 
 
@@ -146,19 +149,10 @@ def test_progress_rises_to_the_end(name: str) -> None:
 # half precision ------------------------------------------------------------------------------------------
 
 
-def psnr_db(got: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (got.double() - expected.double()).square().mean().item()
-    peak = (expected.max() - expected.min()).double().item()
-    return 10 * math.log10(peak**2 / error)
-
-
-#: Least PSNR against plain decode in bfloat16, and how much further from float32 than plain decode this one may be.
-#: With HunyuanVideo's random weights plain decode itself is some 50 dB from float32, and by how much two decodes of a
-#: few small frames differ from it is chance within a few dB.
-@pytest.mark.parametrize(
-    ("name", "wanted_db", "slack_db"), [("hunyuan_video", 45.0, 4.0), ("mochi", 55.0, 1.0), ("cogvideox", 55.0, 1.0)]
-)
-def test_bfloat16_differs_from_the_plain_decode_by_rounding_only(name: str, wanted_db: float, slack_db: float) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_differs_from_the_plain_decode_by_rounding_only(name: str) -> None:
+    """By no more than the plain decode differs from itself with a few last bits changed, where 55 dB is out of reach:
+    random weights make last bits large (HunyuanVideo's: 48 dB, which is all that bfloat16 leaves of them)."""
     vae = clip_family(name)
     z = latents(vae, frames=3, height=3)
     exact = plain(vae, z)
@@ -166,5 +160,6 @@ def test_bfloat16_differs_from_the_plain_decode_by_rounding_only(name: str, want
     z = z.to(torch.bfloat16)
     pipeline, ours = plain(vae, z), lowmem_decode.decode(vae, z)
     assert ours.dtype == torch.bfloat16
-    assert psnr_db(ours, pipeline) >= wanted_db
-    assert psnr_db(ours, exact) >= psnr_db(pipeline, exact) - slack_db
+    rounding = rounding_db(vae, lambda: plain(vae, z))
+    assert psnr_db(ours, pipeline) >= min(PSNR_DB, rounding - CHANCE_DB)
+    assert psnr_db(ours, exact) >= psnr_db(pipeline, exact) - CHANCE_DB

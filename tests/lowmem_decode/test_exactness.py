@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.kl_vaes import FAMILIES, family
+from tests.support.last_bits import psnr_db
 from worker import lowmem_decode
 from worker.vae_pool import _OWN_WEIGHTS
 
@@ -147,12 +147,6 @@ def lowmem_decode_attention(block: Any, rows: torch.Tensor) -> torch.Tensor:
 
 
 # bfloat16 ------------------------------------------------------------------------------------------------
-
-
-def psnr_db(got: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (got.double() - expected.double()).square().mean().item()
-    peak = (expected.max() - expected.min()).double().item()
-    return 10 * math.log10(peak**2 / error)
 
 
 @pytest.mark.parametrize("lean", [False, True])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.last_bits import psnr_db, rounding_db
 from tests.support.pixel_norm_vaes import PIXEL_NORM_FAMILIES, latents_of, pixel_norm_family, timestep_of
 from worker import lowmem_decode
 from worker.lowmem_decode.pixel_norm import clip_decode, memory
@@ -174,12 +174,6 @@ def test_a_long_clip_goes_frame_by_frame_and_a_short_one_at_once() -> None:
 # half precision ------------------------------------------------------------------------------------------
 
 
-def psnr_db(got: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (got.double() - expected.double()).square().mean().item()
-    peak = (expected.max() - expected.min()).double().item()
-    return 10 * math.log10(peak**2 / error)
-
-
 @pytest.mark.parametrize("name", PIXEL_NORM_FAMILIES)
 def test_bfloat16_differs_by_rounding_only_and_is_no_further_from_float32(name: str) -> None:
     vae = pixel_norm_family(name)
@@ -190,6 +184,7 @@ def test_bfloat16_differs_by_rounding_only_and_is_no_further_from_float32(name: 
     pipeline, ours = plain(vae, z, **timestep_of(vae)), lowmem_decode.decode(vae, z, **timestep_of(vae))
     assert ours.dtype == torch.bfloat16
     if not torch.equal(ours, pipeline):
-        # of random weights some decoders' own rounding is larger than that: the difference is then well below it
-        assert psnr_db(ours, pipeline) >= min(PSNR_DB, psnr_db(pipeline, exact) + 3)
+        # with random weights a few last bits change some pictures by more than that
+        rounding = rounding_db(vae, lambda: plain(vae, z, **timestep_of(vae)))
+        assert psnr_db(ours, pipeline) >= min(PSNR_DB, rounding)
     assert psnr_db(ours, exact) >= psnr_db(pipeline, exact) - 0.5

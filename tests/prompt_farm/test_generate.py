@@ -201,7 +201,9 @@ def test_pictures_and_manifest_go_to_a_bucket(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_storm_of_kills_leaves_one_file_and_one_row_for_each_prompt() -> None:
-    report = FarmStorm(FarmPlan(seed=7, prompts=40, generator_kills=2, worker_kills=1, bound_s=500)).run()
+    report = FarmStorm(
+        FarmPlan(seed=7, prompts=40, generator_kills=1, command_kills=1, worker_kills=1, bound_s=500)
+    ).run()
     assert report.problems == [], report.log
     assert sum(report.kills.values()) == 3
     assert (report.files, report.rows) == (40, 40)
