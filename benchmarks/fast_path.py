@@ -19,7 +19,8 @@ import torch
 
 from benchmarks.harness import write_result
 from worker import lowmem_decode
-from worker.bench import random_vae, surroundings
+from worker.bench import surroundings
+from worker.bench_vaes import random_vae
 from worker.decode_meter import Measured, decoder_of, measure
 from worker.decode_planner import FAST_MODES, DecodeMode
 from worker.fast_path import FastOptions, FastVae, FastVaes

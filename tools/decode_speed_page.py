@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from worker.bench import near_plain
+from worker.bench import SAME, near_plain
 
 ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = ROOT / "docs" / "decode-speed.md"
@@ -43,12 +43,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         + " PSNR against plain, dB |" * near,
         "|---|---|---|---|---|---|---|---|" + "---|" * near,
     ]
-    same = ("vae", "side", "dtype")
     for row in rows:
-        plain = next((r for r in rows if r["mode"] == "plain" and all(r[key] == row[key] for key in same)), None)
+        plain = next((r for r in rows if r["mode"] == "plain" and all(r[key] == row[key] for key in SAME)), None)
+        size = f"{row['side']}²" + (f" × {row['frames']}" if row["frames"] > 1 else "")
         ratio = f"{row['seconds'] / plain['seconds']:.2f}" if plain else ""
         lines.append(
-            f"| {row['vae']} | {row['side']}² | {row['dtype']} | `{row['mode']}` | {row['seconds']:.2f} | "
+            f"| {row['vae']} | {size} | {row['dtype']} | `{row['mode']}` | {row['seconds']:.2f} | "
             f"{ratio} | {row['peak_bytes'] / 2**20:.0f} | "
             f"{row['peak_bytes'] / row['largest_activation_bytes']:.2f} |" + f" {near_plain(row)} |" * near
         )

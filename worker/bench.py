@@ -18,66 +18,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import diffusers
 import torch
 
 from worker import lowmem_decode
 from worker.bench_plot import draw
+from worker.bench_vaes import ARCHITECTURES, cut_tiles, latents_of, random_vae
 from worker.decode_meter import decoder_of, measure
 from worker.decode_planner import FAST_MODES, DecodeMode
 from worker.fast_path import FastOptions, FastVae, FastVaes
 
-_KL: Final[Mapping[str, Any]] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-}
-#: Class and configuration of each, as in the config.json of its repository; those of Qwen-Image and Wan 2.1 are the
-#: defaults of their classes. The sample size is what diffusers' tiles are cut to.
-ARCHITECTURES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
-    "sd": ("AutoencoderKL", {**_KL, "latent_channels": 4, "sample_size": 512}),
-    "sdxl": ("AutoencoderKL", {**_KL, "latent_channels": 4, "sample_size": 1024}),
-    "flux": (
-        "AutoencoderKL",
-        {**_KL, "latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False},
-    ),
-    "qwen-image": ("AutoencoderKLQwenImage", {}),
-    "wan": ("AutoencoderKLWan", {}),
-}
 #: Longest one measurement may take.
 _TIMEOUT_S: Final = 1800
+#: What has the same figures but for the mode.
+SAME: Final = ("vae", "side", "frames", "dtype")
 
 
-def random_vae(name: str, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """A VAE of this architecture with random weights, without its encoder."""
-    torch.manual_seed(0)
-    kind, config = ARCHITECTURES[name]
-    vae = getattr(diffusers, kind)(**config).eval()
-    del vae.encoder
-    return vae.to(device=device, dtype=dtype)
-
-
-def latents_of(vae: Any, side: int) -> torch.Tensor:
-    """Random latents of one square picture: (1, C, h, w), or (1, C, 1, h, w) for a VAE of clips."""
-    is_clip = type(vae).__name__ != "AutoencoderKL"
-    channels = int(vae.config.z_dim if is_clip else vae.config.latent_channels)
-    return torch.randn(1, channels, *((1,) if is_clip else ()), side // 8, side // 8)
-
-
-def cut_tiles(vae: Any, side: int) -> None:
-    """Tiles as diffusers cuts them, but so that there are tiles at all."""
-    if type(vae).__name__ == "AutoencoderKL":
-        vae.tile_sample_min_size = min(vae.tile_sample_min_size, side // 2)
-        vae.tile_latent_min_size = vae.tile_sample_min_size // 8
-        return
-    tile = min(vae.tile_sample_min_height, side // 2)
-    vae.tile_sample_min_height = vae.tile_sample_min_width = tile
-    vae.tile_sample_stride_height = vae.tile_sample_stride_width = tile * 3 // 4
-
-
-def measure_here(name: str, *, side: int, mode: DecodeMode, device: str, dtype: str, repeats: int) -> dict[str, Any]:
+def measure_here(
+    name: str, *, side: int, mode: DecodeMode, device: str, dtype: str, repeats: int, frames: int = 1
+) -> dict[str, Any]:
     """One figure, measured in this process."""
     where, kind = torch.device(device), getattr(torch, dtype)
     vae = random_vae(name, device=where, dtype=kind)
@@ -85,7 +43,7 @@ def measure_here(name: str, *, side: int, mode: DecodeMode, device: str, dtype: 
         cut_tiles(vae, side)
     fast = _fast_vae(vae, side=side, mode=mode) if mode in FAST_MODES else None
     decode = decoder_of(vae, mode, fast=fast)
-    latents = latents_of(vae, side).to(where, kind)
+    latents = latents_of(vae, name, side=side, frames=frames).to(where, kind)
     measure(decode, latents[..., :16, :16])
     took = [measure(decode, latents) for _ in range(repeats)]
     largest = lowmem_decode.largest_bytes(vae, latents.shape, kind)
@@ -93,6 +51,7 @@ def measure_here(name: str, *, side: int, mode: DecodeMode, device: str, dtype: 
     return {
         "vae": name,
         "side": side,
+        "frames": frames,
         "mode": str(mode),
         "dtype": dtype,
         "seconds": round(min(each.seconds for each in took), 4),
@@ -186,15 +145,14 @@ def _processor() -> str:
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The figures for a terminal, each beside plain decode's of the same VAE, size and dtype."""
     figures = f"{'seconds':>9}{'× plain':>9}{'MiB':>8}{'× largest':>11}{'dB':>7}"
-    yield f"{'vae':<11}{'side':>6}  {'dtype':<10}{'mode':<12}{figures}"
+    yield f"{'vae':<18}{'side':>6}{'frames':>8}  {'dtype':<10}{'mode':<12}{figures}"
     for row in rows:
-        start = f"{row['vae']:<11}{row['side']:>6}  {row['dtype']:<10}{row['mode']:<12}"
+        start = f"{row['vae']:<18}{row['side']:>6}{row['frames']:>8}  {row['dtype']:<10}{row['mode']:<12}"
         if "error" in row:
             yield f"{start}  {row['error']}"
             continue
-        same = ("vae", "side", "dtype")
         plain = next(
-            (r for r in rows if r["mode"] == "plain" and "error" not in r and all(r[k] == row[k] for k in same)), None
+            (r for r in rows if r["mode"] == "plain" and "error" not in r and all(r[k] == row[k] for k in SAME)), None
         )
         ratio = f"{row['seconds'] / plain['seconds']:.2f}" if plain else "?"
         memory = row["peak_bytes"] / row["largest_activation_bytes"]
@@ -219,6 +177,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="latentq bench", description="Time and memory of decodes on this device.")
     parser.add_argument("--vae", action="append", choices=list(ARCHITECTURES), help="repeatable; default: sd, sdxl")
     parser.add_argument("--side", action="append", type=int, help="pixels of a side; repeatable; default: 512, 1024")
+    parser.add_argument("--frames", type=int, default=1, help="of a clip, for VAEs of clips; default: 1")
     parser.add_argument("--mode", action="append", choices=[str(mode) for mode in DecodeMode], help="repeatable")
     parser.add_argument("--dtype", action="append", choices=["float32", "float16", "bfloat16"], help="repeatable")
     parser.add_argument("--device", default="cuda:0" if cuda else "cpu")
@@ -228,8 +187,15 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     found = parser.parse_args(argv)
-    if any(side < 64 or side % 8 for side in found.side or ()):
-        parser.error("--side must be a multiple of 8, from 64 up")
+    vaes = [ARCHITECTURES[name] for name in found.vae or ("sd", "sdxl")]
+    for side in found.side or ():
+        for vae in vaes:
+            if side < 64 or side % vae.spatial:
+                parser.error(f"--side must be a multiple of {vae.spatial}, from 64 up")
+    for vae in vaes:
+        if found.frames != 1 and (vae.temporal is None or found.frames < 1 or (found.frames - 1) % vae.temporal):
+            counts = "1" if vae.temporal is None else f"1, {vae.temporal + 1}, {2 * vae.temporal + 1} …"
+            parser.error(f"--frames of {vae.kind} must be {counts}")
     return found
 
 
@@ -249,7 +215,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for dtype in arguments.dtype or ("float16" if device.type == "cuda" else "float32",):
             for side in arguments.side or (512, 1024):
                 for mode in arguments.mode or _usual_modes(device):
-                    settings = {"vae": vae, "side": side, "mode": mode, "dtype": dtype, "device": arguments.device}
+                    settings = {
+                        "vae": vae,
+                        "side": side,
+                        "frames": arguments.frames,
+                        "mode": mode,
+                        "dtype": dtype,
+                        "device": arguments.device,
+                    }
                     row = measure_apart(settings | {"repeats": arguments.repeats}, threads=arguments.threads)
                     rows.append(row)
                     print(f"measured {vae} {side} {dtype} {mode}", file=sys.stderr, flush=True)

@@ -38,8 +38,9 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
         pen.text((left, _MARGIN_PX), title, fill="black", font=font)
     for number, row in enumerate(good, start=1):
         top = _MARGIN_PX + number * _ROW_PX
-        same = [other for other in good if all(other[key] == row[key] for key in ("vae", "side", "dtype"))]
-        pen.text((_MARGIN_PX, top), f"{row['vae']} {row['side']} {row['dtype']} {row['mode']}", fill="black", font=font)
+        same = [other for other in good if all(other[key] == row[key] for key in ("vae", "side", "frames", "dtype"))]
+        size = f"{row['side']}" if row["frames"] == 1 else f"{row['side']}×{row['frames']}"
+        pen.text((_MARGIN_PX, top), f"{row['vae']} {size} {row['dtype']} {row['mode']}", fill="black", font=font)
         texts = (f"{row['seconds']:.3f}", f"{row['peak_bytes'] / 2**20:.0f}")
         for left, key, text in zip(columns, ("seconds", "peak_bytes"), texts, strict=True):
             longest = max(other[key] for other in same) or 1

@@ -16,7 +16,7 @@ from torch import nn
 
 from tests.support import tiny_families
 from tests.support.kl_vaes import family
-from worker.bench import random_vae
+from worker.bench_vaes import random_vae
 from worker.decode_meter import decoder_of, measure
 from worker.decode_planner import DecodeMode
 from worker.fast_path import FastOptions, FastVaes, view_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from tests.support.kl_vaes import family
 from tools import decode_speed_page
 from worker import bench
 from worker.bench_plot import draw
+from worker.bench_vaes import ARCHITECTURES, latents_of
 from worker.decode_planner import DecodeMode
 from worker.fast_path import FastVaes
 
@@ -53,3 +55,32 @@ def test_a_picture_that_is_the_plain_one_is_called_equal(decibels: float | None,
 def test_a_cpu_is_measured_compiled_only_when_asked() -> None:
     assert "compiled" not in bench._usual_modes(torch.device("cpu"))
     assert "compiled" in bench._usual_modes(torch.device("cuda"))
+
+
+@pytest.mark.filterwarnings("ignore")  # of diffusers, about configs
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_latents_of_an_architecture_become_what_was_asked_for(name: str) -> None:
+    """diffusers' own decode says so, on a device without memory."""
+    made = ARCHITECTURES[name]
+    side, frames = 2 * made.spatial, 1 if made.temporal is None else 2 * made.temporal + 1
+    with torch.device("meta"):
+        vae = getattr(diffusers, made.kind)(**made.config)
+        latents = latents_of(vae, name, side=side, frames=frames)
+        decoded = vae.decode(latents, return_dict=False)[0]
+    assert decoded.shape == (1, 3, *(() if made.temporal is None else (frames,)), side, side)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--vae", "ltx", "--side", "80"], "multiple of 32"),
+        (["--vae", "wan", "--frames", "8"], "must be 1, 5, 9"),
+        (["--vae", "sd", "--frames", "5"], "must be 1"),
+    ],
+)
+def test_sizes_that_no_latents_have_are_refused_before_anything_is_measured(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert said in capsys.readouterr().err
