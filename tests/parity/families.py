@@ -21,6 +21,7 @@ from tests.parity import (
     families_of_sections,
     families_of_tokens,
     others_of_clips,
+    others_of_old_unets,
     others_of_transformers,
     others_of_unets,
 )
@@ -36,7 +37,12 @@ CASES: Mapping[str, Whole] = {
     **families_of_sections.CASES,
 }
 #: The same of the families' other classes.
-OTHERS: Mapping[str, Whole] = {**others_of_unets.CASES, **others_of_transformers.CASES, **others_of_clips.CASES}
+OTHERS: Mapping[str, Whole] = {
+    **others_of_unets.CASES,
+    **others_of_old_unets.CASES,
+    **others_of_transformers.CASES,
+    **others_of_clips.CASES,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,8 @@ def reference(case: Whole, vae: Any) -> Reference:
     latents = call(pipeline, case, "latent")
     caught, returned = _note_postprocessed(pipeline), _note_returned(pipeline.vae)
     pictures = call(pipeline, case, "pil")
+    if isinstance(pictures, np.ndarray):  # Text2Video-Zero makes no others
+        pictures = diffusers_class("DiffusionPipeline").numpy_to_pil(pictures)
     return Reference(
         pipeline=pipeline,
         latents=latents,

@@ -25,7 +25,7 @@ def _net(kind: str, **config: Any) -> Callable[[], Any]:
     return lambda: tiny(kind, **config)
 
 
-_SD = Whole(
+SD = Whole(
     pipeline="StableDiffusionPipeline",
     vae="sd",
     denoiser="UNet2DConditionModel",
@@ -36,62 +36,62 @@ _SD = Whole(
     batch=1,
 )
 _SD_NET = {"controlnet": _net("ControlNetModel")}
-_GUIDED: Mapping[str, Any] = {"guidance_scale": 3.0, "negative_prompt_embeds": lambda: -one_text()}
+GUIDED: Mapping[str, Any] = {"guidance_scale": 3.0, "negative_prompt_embeds": lambda: -one_text()}
 
 _SD_CASES: Mapping[str, Whole] = {
-    "StableDiffusionImg2Img": variant(_SD, "StableDiffusionImg2ImgPipeline", drop=SIZES, call=PICTURE_CHANGED),
-    "StableDiffusionInpaint": variant(_SD, "StableDiffusionInpaintPipeline", call=PICTURE_PAINTED),
+    "StableDiffusionImg2Img": variant(SD, "StableDiffusionImg2ImgPipeline", drop=SIZES, call=PICTURE_CHANGED),
+    "StableDiffusionInpaint": variant(SD, "StableDiffusionInpaintPipeline", call=PICTURE_PAINTED),
     "StableDiffusionInpaint, nine channels": variant(
-        _SD, "StableDiffusionInpaintPipeline", config={"in_channels": 9}, call=PICTURE_PAINTED
+        SD, "StableDiffusionInpaintPipeline", config={"in_channels": 9}, call=PICTURE_PAINTED
     ),
     "StableDiffusionInstructPix2Pix": variant(
-        _SD,
+        SD,
         "StableDiffusionInstructPix2PixPipeline",
         drop=SIZES,
         config={"in_channels": 8},
-        call={**PICTURE, **_GUIDED},
+        call={**PICTURE, **GUIDED},
     ),
     "StableDiffusionDepth2Img": variant(
-        replace(_SD, parts={}),
+        replace(SD, parts={}),
         "StableDiffusionDepth2ImgPipeline",
         drop=SIZES,
         config={"in_channels": 5},
         call={**PICTURE_CHANGED, "depth_map": lambda: text(1, SMALL["height"], SMALL["width"])},
     ),
     "StableDiffusionImageVariation": variant(
-        _SD,
+        SD,
         "StableDiffusionImageVariationPipeline",
         drop=("prompt_embeds",),
         answers={"_encode_image": lambda: text(1, 1)},
         call=PICTURE,
     ),
     "StableDiffusionLatentUpscale": variant(
-        replace(_SD, parts={}),
+        replace(SD, parts={}),
         "StableDiffusionLatentUpscalePipeline",
         drop=SIZES,
         scheduler=part("EulerDiscreteScheduler"),
         config={"in_channels": 8, "out_channels": 5, "time_cond_proj_dim": 128 + 8},
         call={"image": lambda: text(1, 4, 48).reshape(1, 4, ROWS, 8), "pooled_prompt_embeds": one_pooled},
     ),
-    "StableDiffusionControlNet": variant(_SD, "StableDiffusionControlNetPipeline", parts=_SD_NET, call=PICTURE),
+    "StableDiffusionControlNet": variant(SD, "StableDiffusionControlNetPipeline", parts=_SD_NET, call=PICTURE),
     "StableDiffusionControlNetImg2Img": variant(
-        _SD, "StableDiffusionControlNetImg2ImgPipeline", parts=_SD_NET, call={**PICTURE_CHANGED, **CONTROLLED}
+        SD, "StableDiffusionControlNetImg2ImgPipeline", parts=_SD_NET, call={**PICTURE_CHANGED, **CONTROLLED}
     ),
     "StableDiffusionControlNetInpaint": variant(
-        _SD, "StableDiffusionControlNetInpaintPipeline", parts=_SD_NET, call={**PICTURE_PAINTED, **CONTROLLED}
+        SD, "StableDiffusionControlNetInpaintPipeline", parts=_SD_NET, call={**PICTURE_PAINTED, **CONTROLLED}
     ),
-    "StableDiffusionControlNetPAG": variant(_SD, "StableDiffusionControlNetPAGPipeline", parts=_SD_NET, call=PICTURE),
+    "StableDiffusionControlNetPAG": variant(SD, "StableDiffusionControlNetPAGPipeline", parts=_SD_NET, call=PICTURE),
     "StableDiffusionControlNetPAGInpaint": variant(
-        _SD, "StableDiffusionControlNetPAGInpaintPipeline", parts=_SD_NET, call={**PICTURE_PAINTED, **CONTROLLED}
+        SD, "StableDiffusionControlNetPAGInpaintPipeline", parts=_SD_NET, call={**PICTURE_PAINTED, **CONTROLLED}
     ),
-    "StableDiffusionPAG": variant(_SD, "StableDiffusionPAGPipeline"),
-    "StableDiffusionPAGImg2Img": variant(_SD, "StableDiffusionPAGImg2ImgPipeline", drop=SIZES, call=PICTURE_CHANGED),
-    "StableDiffusionPAGInpaint": variant(_SD, "StableDiffusionPAGInpaintPipeline", call=PICTURE_PAINTED),
+    "StableDiffusionPAG": variant(SD, "StableDiffusionPAGPipeline"),
+    "StableDiffusionPAGImg2Img": variant(SD, "StableDiffusionPAGImg2ImgPipeline", drop=SIZES, call=PICTURE_CHANGED),
+    "StableDiffusionPAGInpaint": variant(SD, "StableDiffusionPAGInpaintPipeline", call=PICTURE_PAINTED),
     "LatentConsistencyModel": variant(
-        _SD, "LatentConsistencyModelPipeline", config={"time_cond_proj_dim": 8}, scheduler=part("LCMScheduler")
+        SD, "LatentConsistencyModelPipeline", config={"time_cond_proj_dim": 8}, scheduler=part("LCMScheduler")
     ),
     "LatentConsistencyModelImg2Img": variant(
-        _SD,
+        SD,
         "LatentConsistencyModelImg2ImgPipeline",
         drop=SIZES,
         config={"time_cond_proj_dim": 8},
@@ -99,15 +99,15 @@ _SD_CASES: Mapping[str, Whole] = {
         call={**PICTURE_CHANGED, "num_inference_steps": 2},
     ),
     "StableDiffusionAdapter": variant(
-        _SD,
+        SD,
         "StableDiffusionAdapterPipeline",
         parts={"adapter": part("T2IAdapter", channels=[4, 8], num_res_blocks=1, downscale_factor=8)},
         call=PICTURE,
     ),
-    "StableDiffusionPanorama": variant(_SD, "StableDiffusionPanoramaPipeline"),
-    "StableDiffusionSAG": variant(_SD, "StableDiffusionSAGPipeline", call={"sag_scale": 0.0}),
+    "StableDiffusionPanorama": variant(SD, "StableDiffusionPanoramaPipeline"),
+    "StableDiffusionSAG": variant(SD, "StableDiffusionSAGPipeline", call={"sag_scale": 0.0}),
     "StableUnCLIPImg2Img": variant(
-        replace(_SD, parts={}),
+        replace(SD, parts={}),
         "StableUnCLIPImg2ImgPipeline",
         config={"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16},
         answers={"_encode_image": lambda: text(1, 1, 16)[:, 0]},
@@ -121,86 +121,86 @@ _SD_CASES: Mapping[str, Whole] = {
             "feature_extractor": None,
         },
     ),
-    "AltDiffusion": variant(_SD, "pipelines.deprecated.alt_diffusion.AltDiffusionPipeline"),
+    "AltDiffusion": variant(SD, "pipelines.deprecated.alt_diffusion.AltDiffusionPipeline"),
     "AltDiffusionImg2Img": variant(
-        _SD, "pipelines.deprecated.alt_diffusion.AltDiffusionImg2ImgPipeline", drop=SIZES, call=PICTURE_CHANGED
+        SD, "pipelines.deprecated.alt_diffusion.AltDiffusionImg2ImgPipeline", drop=SIZES, call=PICTURE_CHANGED
     ),
     "StableDiffusionParadigms": variant(
-        _SD, "StableDiffusionParadigmsPipeline", scheduler=part("DDIMParallelScheduler"), call={"parallel": 2}
+        SD, "StableDiffusionParadigmsPipeline", scheduler=part("DDIMParallelScheduler"), call={"parallel": 2}
     ),
 }
 
-_SDXL = replace(
-    _SD,
+SDXL = replace(
+    SD,
     pipeline="StableDiffusionXLPipeline",
     vae="sdxl",
     config=CONDITIONED_BY_SIZE,
     parts={"add_watermarker": False},
-    call={**_SD.call, "pooled_prompt_embeds": one_pooled},
+    call={**SD.call, "pooled_prompt_embeds": one_pooled},
 )
 _SDXL_NET = {"controlnet": _net("ControlNetModel", **CONDITIONED_BY_SIZE)}
 _UNION_NET = {"controlnet": _net("ControlNetUnionModel", **CONDITIONED_BY_SIZE)}
 _UNION: Mapping[str, Any] = {"control_mode": [0]}
 
 _SDXL_CASES: Mapping[str, Whole] = {
-    "StableDiffusionXLImg2Img": variant(_SDXL, "StableDiffusionXLImg2ImgPipeline", drop=SIZES, call=PICTURE_CHANGED),
-    "StableDiffusionXLInpaint": variant(_SDXL, "StableDiffusionXLInpaintPipeline", call=PICTURE_PAINTED),
+    "StableDiffusionXLImg2Img": variant(SDXL, "StableDiffusionXLImg2ImgPipeline", drop=SIZES, call=PICTURE_CHANGED),
+    "StableDiffusionXLInpaint": variant(SDXL, "StableDiffusionXLInpaintPipeline", call=PICTURE_PAINTED),
     "StableDiffusionXLInstructPix2Pix": variant(
-        _SDXL,
+        SDXL,
         "StableDiffusionXLInstructPix2PixPipeline",
         config={**CONDITIONED_BY_SIZE, "in_channels": 8},
-        call={**PICTURE, **_GUIDED, "negative_pooled_prompt_embeds": one_pooled},
+        call={**PICTURE, **GUIDED, "negative_pooled_prompt_embeds": one_pooled},
     ),
-    "StableDiffusionXLControlNet": variant(_SDXL, "StableDiffusionXLControlNetPipeline", parts=_SDXL_NET, call=PICTURE),
+    "StableDiffusionXLControlNet": variant(SDXL, "StableDiffusionXLControlNetPipeline", parts=_SDXL_NET, call=PICTURE),
     "StableDiffusionXLControlNetImg2Img": variant(
-        _SDXL, "StableDiffusionXLControlNetImg2ImgPipeline", parts=_SDXL_NET, call={**PICTURE_CHANGED, **CONTROLLED}
+        SDXL, "StableDiffusionXLControlNetImg2ImgPipeline", parts=_SDXL_NET, call={**PICTURE_CHANGED, **CONTROLLED}
     ),
     "StableDiffusionXLControlNetInpaint": variant(
-        replace(_SDXL, parts={}),
+        replace(SDXL, parts={}),
         "StableDiffusionXLControlNetInpaintPipeline",
         parts={**_SDXL_NET, "add_watermarker": False},
         call={**PICTURE_PAINTED, **CONTROLLED},
     ),
     "StableDiffusionXLControlNetUnion": variant(
-        _SDXL, "StableDiffusionXLControlNetUnionPipeline", parts=_UNION_NET, call={**CONTROLLED, **_UNION}
+        SDXL, "StableDiffusionXLControlNetUnionPipeline", parts=_UNION_NET, call={**CONTROLLED, **_UNION}
     ),
     "StableDiffusionXLControlNetUnionImg2Img": variant(
-        _SDXL,
+        SDXL,
         "StableDiffusionXLControlNetUnionImg2ImgPipeline",
         parts=_UNION_NET,
         call={**PICTURE_CHANGED, **CONTROLLED, **_UNION},
     ),
     "StableDiffusionXLControlNetUnionInpaint": variant(
-        _SDXL,
+        SDXL,
         "StableDiffusionXLControlNetUnionInpaintPipeline",
         parts=_UNION_NET,
         call={**PICTURE_PAINTED, "control_image": lambda: [small_picture()], **_UNION},
     ),
     "StableDiffusionXLControlNetPAG": variant(
-        _SDXL, "StableDiffusionXLControlNetPAGPipeline", parts=_SDXL_NET, call=PICTURE
+        SDXL, "StableDiffusionXLControlNetPAGPipeline", parts=_SDXL_NET, call=PICTURE
     ),
     "StableDiffusionXLControlNetPAGImg2Img": variant(
-        _SDXL, "StableDiffusionXLControlNetPAGImg2ImgPipeline", parts=_SDXL_NET, call={**PICTURE_CHANGED, **CONTROLLED}
+        SDXL, "StableDiffusionXLControlNetPAGImg2ImgPipeline", parts=_SDXL_NET, call={**PICTURE_CHANGED, **CONTROLLED}
     ),
-    "StableDiffusionXLPAG": variant(_SDXL, "StableDiffusionXLPAGPipeline"),
+    "StableDiffusionXLPAG": variant(SDXL, "StableDiffusionXLPAGPipeline"),
     "StableDiffusionXLPAGImg2Img": variant(
-        _SDXL, "StableDiffusionXLPAGImg2ImgPipeline", drop=SIZES, call=PICTURE_CHANGED
+        SDXL, "StableDiffusionXLPAGImg2ImgPipeline", drop=SIZES, call=PICTURE_CHANGED
     ),
-    "StableDiffusionXLPAGInpaint": variant(_SDXL, "StableDiffusionXLPAGInpaintPipeline", call=PICTURE_PAINTED),
+    "StableDiffusionXLPAGInpaint": variant(SDXL, "StableDiffusionXLPAGInpaintPipeline", call=PICTURE_PAINTED),
     "StableDiffusionXLAdapter": variant(
-        replace(_SDXL, parts={}),
+        replace(SDXL, parts={}),
         "StableDiffusionXLAdapterPipeline",
         parts={"adapter": part("T2IAdapter", channels=[4, 8], num_res_blocks=1, downscale_factor=8)},
         call=PICTURE,
     ),
     "KolorsImg2Img": variant(
-        replace(_SDXL, vae="kolors", parts={}),
+        replace(SDXL, vae="kolors", parts={}),
         "pipelines.kolors.pipeline_kolors_img2img.KolorsImg2ImgPipeline",
         drop=SIZES,
         answers={"encode_prompt": lambda: (one_text(), None, one_pooled(), None)},  # leaves pooled embeddings out
         call=PICTURE_CHANGED,
     ),
-    "KolorsPAG": variant(replace(_SDXL, vae="kolors", parts={}), "pipelines.pag.pipeline_pag_kolors.KolorsPAGPipeline"),
+    "KolorsPAG": variant(replace(SDXL, vae="kolors", parts={}), "pipelines.pag.pipeline_pag_kolors.KolorsPAGPipeline"),
 }
 
 CASES: Mapping[str, Whole] = {**_SD_CASES, **_SDXL_CASES}

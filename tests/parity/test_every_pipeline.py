@@ -1,10 +1,9 @@
 """Every pipeline class of the pinned diffusers that offers latents: taken, and decoded as its own last lines would.
 
 Each family has a whole pipeline, most have several (`test_families.py`, `test_remote_vae_families.py`,
-`test_other_classes.py`). The classes that have none, since they want models or libraries that the suite does without,
-are held here against lines cut out of diffusers' source (`pipeline_tails.py`): a class of its own may undo its
-normalisation in its own way. Our side starts where a caller starts, with the pipeline object and its latents, and ends
-with the tensor and the pixels a worker makes.
+`test_other_classes.py`). The classes that have none (`NOT_RUN_WHOLE` says why) are held here against lines cut out of
+diffusers' source (`pipeline_tails.py`): a class of its own may undo its normalisation in its own way. Our side starts
+where a caller starts, with the pipeline object and its latents, and ends with the tensor and the pixels a worker makes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from broker_config.vae_catalog import VaeCatalog
 from producer.pipeline_table import EXCEPTED, PIPELINES
 from tests.parity.families import CASES, OTHERS
 from tests.parity.our_way import our_way
-from tests.parity.tail_cases import entry_name, tail_of
+from tests.parity.tail_cases import NOT_RUN_WHOLE, entry_name, tail_of
 from tests.parity.whole_pipelines import REMOTE_VAE_PIPELINES
 
 tails = pytest.importorskip("tests.parity.pipeline_tails", reason="diffusers' pipelines need transformers")
@@ -49,6 +48,11 @@ def test_what_the_catalogue_was_read_from_is_in_the_pinned_diffusers() -> None:
             assert not unknown, f"{name}: {path} has no {unknown}"
             cited += 1
     assert cited > 80
+
+
+def test_every_class_is_called_whole_or_has_its_reason() -> None:
+    assert set(PIPELINES) - WHOLE == set(NOT_RUN_WHOLE)
+    assert all(len(reason) > 20 for reason in NOT_RUN_WHOLE.values())
 
 
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name not in WHOLE | IN_THEIR_LOOP])

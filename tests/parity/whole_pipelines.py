@@ -2,7 +2,8 @@
 
 Everything between the call and the pictures is diffusers' own: its denoisers with few and narrow layers, its
 schedulers, its VAEs. What is left out is what turns words into numbers: prompts come as embeddings where the pipeline
-takes them, and where it takes words only, its method that would run a text or image encoder is given its answer.
+takes them, and where it takes words only, its method that would run a text or image encoder is given its answer, or
+runs a tiny one (`tiny_clip.py`).
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ class Whole:
     rounds: bool = False
     #: What to do to the VAE first.
     prepare: Callable[[Any], None] = lambda vae: None
+    #: What to do with the pipeline before it is called.
+    first: Callable[[Any], None] = lambda pipeline: None
 
 
 def keeping_generators(case: Whole) -> tuple[Whole, list[torch.Generator]]:
@@ -142,6 +145,7 @@ def build(case: Whole, vae: Any) -> Any:
     for name, size in case.sizes.items():
         setattr(pipeline, name, size)
     pipeline.set_progress_bar_config(disable=True)
+    case.first(pipeline)
     return pipeline
 
 
