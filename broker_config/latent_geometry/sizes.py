@@ -199,18 +199,34 @@ def _tokens(shape: Sequence[int], vae: Compression, asked: Asked, *, patch: int,
 def _video(shape: Sequence[int], vae: Compression, asked: Asked) -> Geometry:
     batch, channels, latent_frames, rows, columns = shape
     _check_channels(channels, vae.channels)
+    num_frames = _frames_of(_without_additional(latent_frames, asked), vae)
+    if vae.frames is FrameRule.EVEN and asked.num_frames and num_frames - vae.temporal < asked.num_frames < num_frames:
+        num_frames = asked.num_frames  # pipeline_allegro.py __call__: video[:, :, :num_frames]
+    height, width = _size(asked, rows * vae.spatial, columns * vae.spatial, vae)
+    _check_sizes(asked, height=height, width=width, num_frames=num_frames)
+    return Geometry(batch=batch, num_frames=num_frames, height=height, width=width, is_video=True)
+
+
+def _without_additional(latent_frames: int, asked: Asked) -> int:
     left = latent_frames - (asked.facts.additional_frames or 0)
     if left < 1:
         raise InvalidSize(
             f"additional_frames is {asked.facts.additional_frames}, but there are {latent_frames} latent frames",
             field="additional_frames",
         )
-    num_frames = _frames_of(left, vae)
-    if vae.frames is FrameRule.EVEN and asked.num_frames and num_frames - vae.temporal < asked.num_frames < num_frames:
-        num_frames = asked.num_frames  # pipeline_allegro.py __call__: video[:, :, :num_frames]
-    height, width = _size(asked, rows * vae.spatial, columns * vae.spatial, vae)
-    _check_sizes(asked, height=height, width=width, num_frames=num_frames)
-    return Geometry(batch=batch, num_frames=num_frames, height=height, width=width, is_video=True)
+    return left
+
+
+def _video_canvas(shape: Sequence[int], vae: Compression, asked: Asked) -> Geometry:
+    latent_frames, num_frames = shape[2], asked.need("num_frames", shape)
+    kept = (num_frames - 1) // vae.temporal + 1  # pipelines/ltx2/utils.py trim_canvas
+    if kept > latent_frames:
+        raise InvalidSize(
+            f"num_frames is {num_frames}, but {latent_frames} latent frames decode to {_frames_of(latent_frames, vae)}: "
+            "give num_frames as the pipeline was called with",
+            field="num_frames",
+        )
+    return _video((*shape[:2], kept, *shape[3:]), vae, asked)
 
 
 def _frames_first(shape: Sequence[int], vae: Compression, asked: Asked) -> Geometry:
@@ -224,13 +240,13 @@ def _channels_last(shape: Sequence[int], vae: Compression, asked: Asked) -> Geom
 
 
 def _video_chunks(shape: Sequence[int], vae: Compression, asked: Asked) -> Geometry:
-    latent_frames, each = shape[2], asked.need("frames_per_call", shape)
+    latent_frames, each = _without_additional(shape[2], asked), asked.need("frames_per_call", shape)
     if latent_frames % each:
         raise InvalidSize(
             f"frames_per_call is {each}, but {latent_frames} latent frames are no multiple of it",
             field="frames_per_call",
         )
-    made = _video((*shape[:2], each, *shape[3:]), vae, dataclasses.replace(asked, num_frames=None))
+    made = _video((*shape[:2], each, *shape[3:]), vae, dataclasses.replace(asked, num_frames=None, facts=LatentFacts()))
     frames = latent_frames // each * made.num_frames
     num_frames = (frames - 1) // vae.temporal * vae.temporal + 1  # pipeline_helios.py __call__: generated_frames
     _check_sizes(asked, height=made.height, width=made.width, num_frames=num_frames)
@@ -245,6 +261,19 @@ def _video_sections(shape: Sequence[int], vae: Compression, asked: Asked) -> Geo
             "last item of what the pipeline returned, and its latent_window_size",
             field="frames_per_call",
         )
+    return _video(shape, vae, asked)
+
+
+def _video_blended(shape: Sequence[int], vae: Compression, asked: Asked) -> Geometry:
+    rows, columns, overlap = asked.facts.tiles
+    for size, count in ((shape[3], rows), (shape[4], columns)):
+        tile = (size + (count - 1) * overlap) // count
+        if tile < max(overlap, 1):
+            raise InvalidSize(
+                f"{count} tiles of {size} latent pixels have {tile} each, and are to share {overlap}: give blended_tiles "
+                "as the pipeline was called with",
+                field="blended_tiles",
+            )
     return _video(shape, vae, asked)
 
 
@@ -291,7 +320,9 @@ _RULES: Final[Mapping[LatentLayout, Callable[[Sequence[int], Compression, Asked]
     LatentLayout.ITEM_PATCHES: _item_patches,
     LatentLayout.VIDEO_REASONED: _video,
     LatentLayout.VIDEO_CHUNKS: _video_chunks,
+    LatentLayout.VIDEO_CANVAS: _video_canvas,
     LatentLayout.VIDEO_SECTIONS: _video_sections,
+    LatentLayout.VIDEO_BLENDED: _video_blended,
 }
 
 #: Latent frames of a clip, and the fewest a whole may have (autoencoder_kl_minimax_h3.py `_decode`: clip_length 17,
@@ -303,7 +334,8 @@ _LEAST_OF_CLIPS: Final = 3
 _USES: Final[Mapping[str, frozenset[LatentLayout]]] = {
     "patch_size": frozenset({LatentLayout.PACKED, LatentLayout.PACKED_FRAME, LatentLayout.PACKED_VIDEO}),
     "layers": frozenset({LatentLayout.LAYERS}),
-    "additional_frames": frozenset({LatentLayout.VIDEO, LatentLayout.FRAMES_FIRST}),
+    "additional_frames": frozenset({LatentLayout.VIDEO, LatentLayout.FRAMES_FIRST, LatentLayout.VIDEO_CHUNKS}),
+    "blended_tiles": frozenset({LatentLayout.VIDEO_BLENDED}),
     "frames_per_call": frozenset(
         {LatentLayout.VIDEO_2D, LatentLayout.FRAMES_2D, LatentLayout.VIDEO_CHUNKS, LatentLayout.VIDEO_SECTIONS}
     ),

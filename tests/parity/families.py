@@ -21,6 +21,7 @@ from tests.parity import (
     families_of_sections,
     families_of_tokens,
     others_of_clips,
+    others_of_models,
     others_of_transformers,
     others_of_unets,
 )
@@ -36,7 +37,12 @@ CASES: Mapping[str, Whole] = {
     **families_of_sections.CASES,
 }
 #: The same of the families' other classes.
-OTHERS: Mapping[str, Whole] = {**others_of_unets.CASES, **others_of_transformers.CASES, **others_of_clips.CASES}
+OTHERS: Mapping[str, Whole] = {
+    **others_of_unets.CASES,
+    **others_of_transformers.CASES,
+    **others_of_clips.CASES,
+    **others_of_models.CASES,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +54,8 @@ class Reference:
     latents: torch.Tensor
     #: What it gave its image processor.
     decoded: torch.Tensor
-    #: `output_type="pil"`, as arrays.
-    pixels: npt.NDArray[np.uint8]
+    #: `output_type="pil"`, as arrays; of a high dynamic range floats.
+    pixels: npt.NDArray[Any]
 
 
 def reference(case: Whole, vae: Any) -> Reference:
@@ -58,11 +64,14 @@ def reference(case: Whole, vae: Any) -> Reference:
     latents = call(pipeline, case, "latent")
     caught, returned = _note_postprocessed(pipeline), _note_returned(pipeline.vae)
     pictures = call(pipeline, case, "pil")
+    decoded, pixels = (caught or returned)[0], np.stack([pixels_of(item) for item in pictures])
+    if pixels.dtype != np.uint8:  # of a high dynamic range: light, with channels last
+        decoded = torch.from_numpy(pixels).movedim(-1, 1)
     return Reference(
         pipeline=pipeline,
         latents=latents,
-        decoded=(caught or returned)[0],
-        pixels=np.stack([pixels_of(item) for item in pictures]),
+        decoded=decoded[:, :, case.own_frames :] if case.own_frames else decoded,
+        pixels=pixels[:, case.own_frames :] if case.own_frames else pixels,
     )
 
 
@@ -72,7 +81,7 @@ def reference_in(folder: Path, case: Whole) -> Reference:
     return reference(case, diffusers_class(vae_class).from_pretrained(folder / case.vae, low_cpu_mem_usage=False))
 
 
-def pixels_of(made: Any) -> npt.NDArray[np.uint8]:
+def pixels_of(made: Any) -> npt.NDArray[Any]:
     """Of one picture, or of the list of pictures that is a clip."""
     return np.stack([np.asarray(frame) for frame in made]) if isinstance(made, list) else np.asarray(made)
 

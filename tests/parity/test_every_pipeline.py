@@ -28,8 +28,6 @@ tails = pytest.importorskip("tests.parity.pipeline_tails", reason="diffusers' pi
 
 #: Classes with a whole pipeline.
 WHOLE = {case.pipeline.rpartition(".")[2] for case in (*CASES.values(), *OTHERS.values())} | set(REMOTE_VAE_PIPELINES)
-#: Classes that decode inside their loop, so that their last lines only postprocess: see test_decodes_of_their_own.py.
-IN_THEIR_LOOP = {"HeliosPyramidPipeline", "Cosmos2_5_TransferPipeline"}
 
 
 def test_every_class_that_offers_latents_is_taken_or_excepted_by_name_with_a_reason() -> None:
@@ -51,7 +49,7 @@ def test_what_the_catalogue_was_read_from_is_in_the_pinned_diffusers() -> None:
     assert cited > 80
 
 
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in WHOLE | IN_THEIR_LOOP])
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in WHOLE])
 def test_what_comes_out_is_what_the_pipelines_own_last_lines_make(name: str, vaes: Callable[[str], Any]) -> None:
     vae = vaes(entry_name(name))
     tail = tail_of(name, vae)

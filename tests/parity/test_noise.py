@@ -18,7 +18,7 @@ import torch
 from broker_config.errors import InvalidOption
 from broker_config.vae_catalog import VaeCatalog
 from producer.pipelines import options_of
-from tests.parity.families import CASES, Reference, reference
+from tests.parity.families import CASES, OTHERS, Reference, reference
 from tests.parity.our_way import our_way
 from tests.parity.tail_cases import Tail
 from tests.parity.whole_pipelines import Whole, keeping_generators
@@ -58,7 +58,7 @@ def assert_a_worker_makes_the_same(served: Serving, expected: Reference, **given
     assert not torch.allclose(made, expected.decoded, atol=1e-4), "the noise is in the pictures"
 
 
-def with_noise(case: Whole, **facts: float) -> Whole:
+def with_noise(case: Whole, **facts: float | None) -> Whole:
     return replace(case, call={**case.call, **facts})
 
 
@@ -71,6 +71,22 @@ def test_ltx_mixes_in_what_the_pipelines_generator_draws_next(
     case, generators = keeping_generators(with_noise(CASES[name], **facts))
     expected = reference(case, ltx)
     assert_a_worker_makes_the_same(served, expected, generator=generators[0], **facts, **case.given)
+
+
+def test_ltx_of_several_prompts_draws_for_its_repeated_frame_as_well(ltx: Any, served: Serving) -> None:
+    facts = {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
+    case, generators = keeping_generators(with_noise(OTHERS["LTXI2VLongMultiPrompt"], **facts))
+    expected = reference(case, ltx)
+    assert_a_worker_makes_the_same(served, expected, generator=generators[0], **facts, **case.given)
+
+
+def test_ltx_of_several_prompts_mixes_in_nothing_unless_told(ltx: Any, served: Serving) -> None:
+    facts = {"decode_timestep": 0.05, "decode_noise_scale": None}
+    case = with_noise(OTHERS["LTXI2VLongMultiPrompt"], **facts)
+    expected = reference(case, ltx)
+    given = {"pipeline": expected.pipeline, "decode_timestep": 0.05, **case.given}
+    made = served.decode(expected.latents, output="tensor", **given).tensor()
+    assert torch.equal(made, expected.decoded)
 
 
 def test_a_seed_stands_for_a_generator_that_has_drawn_nothing(ltx: Any, served: Serving) -> None:
