@@ -192,9 +192,7 @@ LAYOUTS: Final[Mapping[LatentLayout, LayoutForm]] = {
     LatentLayout.VIDEO_REASONED: LayoutForm(
         form="(batch, channels, frames, h, w)", is_video=True, state=LatentState.STANDARDISED_INVERSE
     ),
-    LatentLayout.VIDEO_CANVAS: LayoutForm(
-        form="(batch, channels, frames, h, w)", is_video=True, needs=("num_frames",)
-    ),
+    LatentLayout.VIDEO_CANVAS: LayoutForm(form="(batch, channels, frames, h, w)", is_video=True, needs=("num_frames",)),
     LatentLayout.VIDEO_SECTIONS: LayoutForm(
         form="(batch, channels, frames, h, w)", is_video=True, needs=("frames_per_call",)
     ),

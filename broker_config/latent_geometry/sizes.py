@@ -222,8 +222,8 @@ def _video_canvas(shape: Sequence[int], vae: Compression, asked: Asked) -> Geome
     kept = (num_frames - 1) // vae.temporal + 1  # pipelines/ltx2/utils.py trim_canvas
     if kept > latent_frames:
         raise InvalidSize(
-            f"num_frames is {num_frames}, but {latent_frames} latent frames decode to {_frames_of(latent_frames, vae)}: "
-            "give num_frames as the pipeline was called with",
+            f"num_frames is {num_frames}, but {latent_frames} latent frames decode to "
+            f"{_frames_of(latent_frames, vae)}: give num_frames as the pipeline was called with",
             field="num_frames",
         )
     return _video((*shape[:2], kept, *shape[3:]), vae, asked)
@@ -270,8 +270,8 @@ def _video_blended(shape: Sequence[int], vae: Compression, asked: Asked) -> Geom
         tile = (size + (count - 1) * overlap) // count
         if tile < max(overlap, 1):
             raise InvalidSize(
-                f"{count} tiles of {size} latent pixels have {tile} each, and are to share {overlap}: give blended_tiles "
-                "as the pipeline was called with",
+                f"{count} tiles of {size} latent pixels have {tile} each, and are to share {overlap}: give "
+                "blended_tiles as the pipeline was called with",
                 field="blended_tiles",
             )
     return _video(shape, vae, asked)

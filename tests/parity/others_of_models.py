@@ -1,4 +1,4 @@
-"""Other whole pipelines that bring a model of their own, or want one set up in a way of its own: upsamplers, refiners …"""
+"""Other whole pipelines with a model of their own, or with one set up in a way of its own: upsamplers, refiners …"""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from tests.parity import families_of_clips, families_of_frames, families_of_sect
 from tests.parity.others_of_clips import clip
 from tests.parity.variants import PICTURE, PICTURE_PAINTED, one_pooled, variant
 from tests.parity.whole_pipelines import (
-    FROM_WORDS,
     GUARDED,
     HUGE,
     MASKED,
     SMALL,
-    UNGUIDED,
     Whole,
     diffusers_class,
     ends,
@@ -74,7 +72,9 @@ def _start(place: int) -> Callable[[], torch.Tensor]:
 
 #: What the control net takes from torchvision, which is no part of this: its mask of padding, at another size.
 _RESIZING = SimpleNamespace(
-    functional=SimpleNamespace(resize=lambda zeros, size, interpolation: F.interpolate(zeros, size, mode=interpolation)),
+    functional=SimpleNamespace(
+        resize=lambda zeros, size, interpolation: F.interpolate(zeros, size, mode=interpolation)
+    ),
     InterpolationMode=SimpleNamespace(NEAREST="nearest"),
 )
 #: With the default gamma, 1/3, the covariance of its noise is singular, which LAPACK refuses.

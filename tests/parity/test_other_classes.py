@@ -34,7 +34,7 @@ def served(vae_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield started
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # schedulers, with numpy 2
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # schedulers, with numpy 2
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the oldest pipelines, of themselves and what they call
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_worker_sends_back_what_the_pipeline_would_have_returned(
