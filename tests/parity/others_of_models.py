@@ -226,13 +226,6 @@ _LTX_CASES: Mapping[str, Whole] = {
             "audio_latents": _drawn(2, 2, 26, 2),
         },
     ),
-    "LTX2HDR": Whole(
-        pipeline="LTX2HDRPipeline",
-        vae="ltx2-hdr",
-        denoiser=_LTX2.denoiser,
-        parts=_LTX2.parts,
-        call={**_STAGE, "num_frames": 9},
-    ),
 }
 
 CASES: Mapping[str, Whole] = {**_PICTURE_CASES, **_CLIP_CASES, **_LTX_CASES}

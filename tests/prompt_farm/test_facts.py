@@ -22,7 +22,7 @@ from producer.prompt_farm.plan import Recipe, plan
 from producer.prompt_farm.rows import rows_of
 from producer.queued_vae import QueuedVAE
 from tests.conftest import need_tool
-from tests.parity.families import CASES, OTHERS
+from tests.parity.families import CASES
 from tests.parity.whole_pipelines import build
 from tests.support.thread_worker import ThreadWorker
 from tests.support.tiny_pipelines import save_tiny_pipeline, text_to_video
@@ -62,7 +62,7 @@ def test_a_pipeline_without_its_vae_tells_who_decodes(name: str) -> None:
 
 
 def test_a_high_dynamic_range_is_written_as_tensors_only() -> None:
-    facts = facts_of(build(OTHERS["LTX2HDR"], None), vae=None, catalog=CATALOG)
+    facts = facts_of(build(CASES["ltx2-hdr"], None), vae=None, catalog=CATALOG)
     assert check_output(None, facts) == "tensor"
     with pytest.raises(InvalidOption, match="choose tensor") as refusal:
         check_output("mp4", facts)
