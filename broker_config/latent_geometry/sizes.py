@@ -268,10 +268,11 @@ def _video_blended(shape: Sequence[int], vae: Compression, asked: Asked) -> Geom
     rows, columns, overlap = asked.facts.tiles
     for size, count in ((shape[3], rows), (shape[4], columns)):
         tile = (size + (count - 1) * overlap) // count
-        if tile < max(overlap, 1):
+        if tile < max(overlap, 1) or count * tile > _MOST_TILED * size:
             raise InvalidSize(
-                f"{count} tiles of {size} latent pixels have {tile} each, and are to share {overlap}: give "
-                "blended_tiles as the pipeline was called with",
+                f"{count} tiles of {size} latent pixels that share {overlap} have {tile}, expected as many as they "
+                f"share, and {_MOST_TILED} times the latents at most: give blended_tiles as the pipeline was called "
+                "with",
                 field="blended_tiles",
             )
     return _video(shape, vae, asked)
@@ -329,6 +330,9 @@ _RULES: Final[Mapping[LatentLayout, Callable[[Sequence[int], Compression, Asked]
 #: token_drop 3).
 _CLIP: Final = 5
 _LEAST_OF_CLIPS: Final = 3
+
+#: How often the latents may be decoded, in one direction, in tiles that overlap: four tiles never exceed it.
+_MOST_TILED: Final = 4
 
 #: Facts of sizes, and the layouts that have a use for them; elsewhere they would be ignored, and the caller misled.
 _USES: Final[Mapping[str, frozenset[LatentLayout]]] = {

@@ -282,6 +282,7 @@ def test_sizes_of_single_families_by_hand(
         (L.VIDEO, (1, 16, 4, 12, 20), WAN, {}, {"additional_frames": 4}, InvalidSize, "additional_frames"),
         (L.VIDEO_BLENDED, (1, 128, 3, 2, 22), LTX, {}, {}, InvalidSize, "blended_tiles"),
         (L.VIDEO_BLENDED, (1, 128, 3, 16, 3), LTX, {}, {"blended_tiles": "4x4+0"}, InvalidSize, "blended_tiles"),
+        (L.VIDEO_BLENDED, (1, 128, 3, 90, 90), LTX, {}, {"blended_tiles": "40x40+60"}, InvalidSize, "blended_tiles"),
         (L.VIDEO, (1, 128, 3, 16, 22), LTX, {}, {"blended_tiles": "4x4+3"}, InvalidOption, "blended_tiles"),
         (L.VIDEO, (1, 16, 4, 12, 20), WAN, {}, {"patch_size": 2}, InvalidOption, "patch_size"),
         (L.UNPACKED, (1, 4, 12, 20), SD, {}, {"layers": 2}, InvalidOption, "layers"),
