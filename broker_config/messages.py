@@ -155,11 +155,12 @@ class DecodeRequest:
     shift_factor: float | None = None
     #: Which normalisation the latents carry (`LatentState`); None: the layout's own.
     state: str | None = None
-    #: The next twelve: see `LatentFacts`.
+    #: The next thirteen: see `LatentFacts`.
     patch_size: int | None = None
     layers: int | None = None
     additional_frames: int | None = None
     frames_per_call: int | None = None
+    blended_tiles: str | None = None
     sigma_data: float | None = None
     decode_timestep: float | None = None
     decode_noise_scale: float | None = None
@@ -220,7 +221,8 @@ class DecodeRequest:
         kind = self.output if self.output in (Output.TENSOR, Output.MP4) else "pixels"
         scale = f"{self.scaling_factor}/{self.shift_factor}"
         mode = self.mode or "default"
-        bucket = f"{self.vae}|{self.layout}|{shape}|{self.height}x{self.width}|{self.dtype}|{kind}|{scale}|{mode}"
+        size = f"{self.height}x{self.width}x{self.num_frames}"  # of some clips the latents do not tell the frames
+        bucket = f"{self.vae}|{self.layout}|{shape}|{size}|{self.dtype}|{kind}|{scale}|{mode}"
         # Noise is drawn for a job as a whole: two jobs of one seed have the same noise, a batch of two has not.
         noise = ("decode_timestep", "seed", "noise_state")
         alone = self.kind is Kind.ENCODE or any(getattr(self, name) is not None for name in noise)

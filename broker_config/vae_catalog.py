@@ -67,7 +67,7 @@ class VaeEntry(BaseModel):
     frames: FrameRule = FrameRule.FIRST_ALONE
     patch_size: int = Field(default=2, gt=0, le=16)
     pixel_channels: int = Field(default=3, ge=3, le=4)
-    pixels: str = Field(default="signed", pattern="^(signed|imagenet|cut)$")
+    pixels: str = Field(default="signed", pattern="^(signed|imagenet|cut|logc3)$")
     resizes: bool = False
     tiled: bool = False
     preview: str | None = None
@@ -79,6 +79,11 @@ class VaeEntry(BaseModel):
     def draws_noise(self) -> bool:
         """Whether it decodes from noise, whatever the job says (models/autoencoders/consistency_decoder_vae.py)."""
         return self.vae_class == "ConsistencyDecoderVAE"
+
+    @property
+    def is_hdr(self) -> bool:
+        """Whether it decodes to linear light, which goes beyond white: only `tensor` holds that."""
+        return self.pixels == "logc3"
 
     @property
     def raw_layout(self) -> LatentLayout:

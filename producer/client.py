@@ -109,8 +109,8 @@ class DecodeClient:
         """Hands latents over; when this returns, they cannot be lost.
 
         Args:
-            latents: torch tensor (float16, bfloat16, float32; any device, any strides) or numpy array (float16,
-                float32), laid out as the pipeline returned them.
+            latents: torch tensor (float16, bfloat16, float32; any device) or numpy array (float16, float32), with any
+                strides, laid out as the pipeline returned them.
             pipeline: the diffusers pipeline that made them, with or without its VAE, or the name of its class: tells
                 vae, layout, state and the facts that go with them (`producer/pipelines.py`). Options named beside it
                 win.

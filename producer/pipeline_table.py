@@ -282,11 +282,14 @@ PIPELINES: Final[Mapping[str, PipelineEntry]] = {
     **_of("Kandinsky6TI2VA", "kandinsky6", Layout.VIDEO_CHANNELS_LAST),
     **_of("LTX LTXImageToVideo", "ltx", Layout.PACKED_VIDEO, readers={"patch_size": _ltx_patch_size}),
     **_of("LTXCondition LTXLatentUpsample", "ltx", Layout.VIDEO),
+    **_of("LTXI2VLongMultiPrompt", "ltx", Layout.VIDEO_BLENDED),
     **_of(
-        "LTX2 LTX2Condition LTX2DFR LTX2DFRTemporalRefine LTX2InContext LTX2ImageToVideo LTX2LatentUpsample",
+        "LTX2 LTX2Condition LTX2DFRTemporalRefine LTX2InContext LTX2ImageToVideo LTX2LatentUpsample",
         "ltx2",
         Layout.VIDEO,
     ),
+    **_of("LTX2DFR", "ltx2", Layout.VIDEO_CANVAS),  # hands out a whole number of segments, whatever was asked for
+    **_of("LTX2HDR", "ltx2-hdr", Layout.VIDEO),
     **_of("SanaWM", "sana-wm", Layout.VIDEO),
     **_of(
         "CogVideoX CogVideoXImageToVideo",
@@ -331,8 +334,6 @@ EXCEPTED: Final[Mapping[str, str]] = {
     "own postprocessing",
     "UniDiffuserPipeline": "one tensor holds latents of a picture, of CLIP and of a text",
     "EasyAnimateControlPipeline": "its own decode calls a method the class lacks (decode_latents)",
-    "LTXI2VLongMultiPromptPipeline": "it decodes in tiles of its own making and blends them",
-    "LTX2HDRPipeline": "its pictures have a high dynamic range, which none of the outputs holds",
     "VisualClozeGenerationPipeline": "a row of pictures of several sizes is packed into one sequence",
     "SanaWMLTX2Refiner": "a part of SanaWMPipeline, which keeps frames of its first stage to itself",
 }

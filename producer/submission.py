@@ -93,6 +93,8 @@ class DecodeOptions:
     additional_frames: int | None = None
     #: Frames, or latent frames of `video_chunks`, in one call of the VAE; None: the layout's.
     frames_per_call: int | None = None
+    #: Tiles of `video_blended`: rows x columns + latent pixels of overlap; None: the pipeline's 4x4+3.
+    blended_tiles: str | None = None
     #: The scheduler's.
     sigma_data: float | None = None
     #: Timestep at which a VAE with timestep conditioning decodes.
@@ -370,8 +372,12 @@ def _check_encoder(output: Output, geometry: Geometry, metadata: Mapping[str, st
 
 def _output(wanted: str | None, geometry: Geometry, entry: VaeEntry) -> Output:
     if wanted is None:
-        return Output.MP4 if geometry.is_video else Output.PNG
+        return Output.TENSOR if entry.is_hdr else Output.MP4 if geometry.is_video else Output.PNG
     output = _one_of(Output, "output", wanted)
+    if entry.is_hdr and output is not Output.TENSOR:
+        raise InvalidOption(
+            f"output {output} ends at white, and {entry.name} decodes to light beyond it: choose tensor", field="output"
+        )
     if output is Output.MP4 and not geometry.is_video:
         raise InvalidOption("output mp4 needs a clip; these latents are pictures: choose png", field="output")
     if output is Output.JPG and entry.pixel_channels == 4:

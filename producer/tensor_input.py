@@ -87,7 +87,7 @@ class TensorFile:
 
 
 def to_tensor_file(latents: Latents, *, max_bytes: int, name: str = "latents") -> TensorFile:
-    """Latents as a file, whatever their strides, byte order or device. A torch tensor's strides are noted in it.
+    """Latents as a file, whatever their strides, byte order or device. The order of their dimensions is noted in it.
 
     Args:
         latents: torch tensor (float16, bfloat16, float32; CPU or CUDA; any strides) or numpy array (float16, float32).
@@ -101,10 +101,10 @@ def to_tensor_file(latents: Latents, *, max_bytes: int, name: str = "latents") -
     """
     torch = sys.modules.get("torch")
     raw: Callable[[], memoryview]
-    order = None
+    strides: tuple[int, ...] | None
     if torch is not None and isinstance(latents, torch.Tensor):
         dtype, count = str(latents.dtype).removeprefix("torch."), latents.numel()
-        order = _order_of(latents) if name == "latents" else None  # pixels are laid out anew before they are encoded
+        strides = None if latents.is_contiguous() else latents.stride()
 
         def raw() -> memoryview:
             dense = latents.detach().cpu().contiguous().reshape(-1)
@@ -113,6 +113,7 @@ def to_tensor_file(latents: Latents, *, max_bytes: int, name: str = "latents") -
 
     elif isinstance(latents, np.ndarray):
         dtype, count = latents.dtype.name, latents.size
+        strides = None if latents.flags.c_contiguous else latents.strides
 
         def raw() -> memoryview:
             dense = np.ascontiguousarray(latents, dtype=latents.dtype.newbyteorder("<")).reshape(-1)
@@ -121,12 +122,16 @@ def to_tensor_file(latents: Latents, *, max_bytes: int, name: str = "latents") -
     else:
         raise InvalidOption(f"{name} are a {type(latents).__name__}: give a torch tensor or a numpy array", field=name)
     _check(dtype, count, max_bytes=max_bytes, name=name)
+    order = _order_of(strides) if name == "latents" else None  # pixels are laid out anew before they are encoded
     return TensorFile(dtype=dtype, shape=tuple(int(size) for size in latents.shape), raw=raw, name=name, order=order)
 
 
-def _order_of(latents: torch.Tensor) -> tuple[int, ...] | None:
-    strides: tuple[int, ...] = latents.stride()
-    if latents.is_contiguous() or 0 in strides:  # what is expanded has no order that arithmetic keeps
+def _order_of(strides: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Dimensions by their strides, the longest first; None for C order, which contiguous elements (None) have.
+
+    What is expanded has no order that arithmetic keeps, and torch has no tensor that runs backwards.
+    """
+    if strides is None or min(strides) <= 0:
         return None
     order = sorted(range(len(strides)), key=lambda place: -strides[place])
     return None if order == sorted(order) else tuple(order)

@@ -62,6 +62,7 @@ def plan_of(request: DecodeRequest, vae: LoadedVae, *, batch: int) -> Plan:
         resizes=entry.resizes,
         imagenet=entry.pixels == "imagenet",
         cut=entry.pixels == "cut",
+        logc3=entry.is_hdr,
     )
 
 

@@ -19,6 +19,7 @@ import torch
 
 from broker_config.errors import InvalidOption
 from broker_config.latent_geometry import LatentFacts, LatentLayout, LatentState
+from worker.blended_tiles import decode_in_tiles
 from worker.frame_stream import can_stream, stream_frames
 from worker.latent_layouts import Plan, finish, to_vae_input
 from worker.latent_layouts.frames import unfold_frames
@@ -130,10 +131,13 @@ def mix_noise(vae_input: torch.Tensor, vae: Any, plan: Plan) -> tuple[torch.Tens
         return vae_input, torch.tensor([facts.decode_timestep] * batch, device=vae_input.device, dtype=vae_input.dtype)
     if facts.decode_timestep is None:
         raise InvalidOption("decode_timestep is missing, which this VAE decodes by", field="decode_timestep")
-    scale = facts.decode_timestep if facts.decode_noise_scale is None else facts.decode_noise_scale
+    timestep = torch.tensor([facts.decode_timestep] * batch, device=vae_input.device, dtype=vae_input.dtype)
+    scale = facts.decode_noise_scale
+    if scale is None and plan.layout is LatentLayout.VIDEO_BLENDED:
+        return vae_input, timestep  # pipeline_ltx_i2v_long_multi_prompt.py `vae_decode_tiled` mixes in what it is told
+    scale = facts.decode_timestep if scale is None else scale
     generator = noise_generator(facts)
     noise = torch.randn(vae_input.shape, generator=generator, dtype=vae_input.dtype).to(vae_input.device)
-    timestep = torch.tensor([facts.decode_timestep] * batch, device=vae_input.device, dtype=vae_input.dtype)
     share = torch.tensor([scale] * batch, device=vae_input.device, dtype=vae_input.dtype)[:, None, None, None, None]
     return (1 - share) * vae_input + share * noise, timestep
 
@@ -259,9 +263,24 @@ def _in_sections(vae: Any, vae_input: torch.Tensor, plan: Plan, keywords: Mappin
     return video
 
 
+def _in_tiles(vae: Any, vae_input: torch.Tensor, plan: Plan, keywords: Mapping[str, Any]) -> torch.Tensor:
+    """Tiles of pictures; what the repeated last latent frame makes is left out.
+
+    Source: pipelines/ltx/pipeline_ltx_i2v_long_multi_prompt.py `LTXI2VLongMultiPromptPipeline.vae_decode_tiled`.
+    """
+    made = decode_in_tiles(
+        vae_input,
+        tiles=plan.facts.tiles,
+        spatial=plan.spatial,
+        decode=lambda tile: _whole(vae, tile, plan, keywords),
+    )
+    return made.to(vae_input.dtype)[:, :, : plan.num_frames]
+
+
 _CALLS: Final[Mapping[LatentLayout, Call]] = {
     LatentLayout.FRAMES_2D: _frames_2d,
     LatentLayout.VIDEO_REASONED: _reasoned,
     LatentLayout.VIDEO_CHUNKS: _in_chunks,
     LatentLayout.VIDEO_SECTIONS: _in_sections,
+    LatentLayout.VIDEO_BLENDED: _in_tiles,
 }

@@ -35,6 +35,8 @@ class LatentFacts:
     #: Frames in one call of the VAE, of `video_chunks` and `video_sections` latent frames in each; None: as the
     #: layout's pipeline does.
     frames_per_call: int | None = None
+    #: Tiles in which `video_blended` latents are decoded, rows x columns + the latent pixels they share; None: 4x4+3.
+    blended_tiles: str | None = None
     #: The scheduler's `sigma_data` (Cosmos).
     sigma_data: float | None = None
     #: Timestep at which a VAE with `timestep_conditioning` decodes (LTX-Video).
@@ -51,6 +53,15 @@ class LatentFacts:
     vae_config: str | None = None
     #: Commit of its weights, likewise.
     vae_revision: str | None = None
+
+    @property
+    def tiles(self) -> tuple[int, int, int]:
+        """Rows and columns of tiles, and the latent pixels they share.
+
+        Source of the default: pipelines/ltx/pipeline_ltx_i2v_long_multi_prompt.py `__call__`.
+        """
+        rows, columns, overlap = re.findall(r"\d+", self.blended_tiles or "4x4+3")
+        return int(rows), int(columns), int(overlap)
 
 
 def checked_facts(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,6 +133,7 @@ FACTS: Final[Mapping[str, Callable[[str, object], Any]]] = {
     "layers": _count,
     "additional_frames": _count_or_none,
     "frames_per_call": _count,
+    "blended_tiles": _matching(r"[1-9]\d?x[1-9]\d?\+\d{1,2}", "rows x columns + overlap, as 4x4+3"),
     "sigma_data": _positive,
     "decode_timestep": _share,
     "decode_noise_scale": _share,

@@ -59,8 +59,12 @@ class LatentLayout(StrEnum):
     VIDEO_REASONED = "video_reasoned"
     #: (B, C, f, h, w), decoded a few latent frames at a time, each part afresh (Helios).
     VIDEO_CHUNKS = "video_chunks"
+    #: (B, C, f, h, w) with frames at the end that were not asked for; needs num_frames (LTX-2 DFR).
+    VIDEO_CANVAS = "video_canvas"
     #: (B, C, f, h, w), decoded in sections that overlap and are blended, the last first (HunyuanVideo Framepack).
     VIDEO_SECTIONS = "video_sections"
+    #: (B, C, f, h, w), decoded in tiles that overlap and are blended (LTX-Video, long clips).
+    VIDEO_BLENDED = "video_blended"
 
 
 class LatentState(StrEnum):
@@ -188,9 +192,11 @@ LAYOUTS: Final[Mapping[LatentLayout, LayoutForm]] = {
     LatentLayout.VIDEO_REASONED: LayoutForm(
         form="(batch, channels, frames, h, w)", is_video=True, state=LatentState.STANDARDISED_INVERSE
     ),
+    LatentLayout.VIDEO_CANVAS: LayoutForm(form="(batch, channels, frames, h, w)", is_video=True, needs=("num_frames",)),
     LatentLayout.VIDEO_SECTIONS: LayoutForm(
         form="(batch, channels, frames, h, w)", is_video=True, needs=("frames_per_call",)
     ),
+    LatentLayout.VIDEO_BLENDED: LayoutForm(form="(batch, channels, frames, h, w)", is_video=True),
     LatentLayout.VIDEO_CHUNKS: LayoutForm(
         form="(batch, channels, frames, h, w)",
         is_video=True,

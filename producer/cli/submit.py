@@ -56,6 +56,7 @@ def submit(
     layers: Annotated[int | None, typer.Option(help="Pictures of the `layers` layout.")] = None,
     additional_frames: Annotated[int | None, typer.Option(help="Leading latent frames to leave out.")] = None,
     frames_per_call: Annotated[int | None, typer.Option(help="Frames the VAE decodes at a time.")] = None,
+    blended_tiles: Annotated[str | None, typer.Option(help="Tiles of long LTX-Video clips, as 4x4+3.")] = None,
     sigma_data: Annotated[float | None, typer.Option(help="The scheduler's (Cosmos).")] = None,
     decode_timestep: Annotated[float | None, typer.Option(help="Timestep of the decode (LTX-Video).")] = None,
     decode_noise_scale: Annotated[float | None, typer.Option(help="Share of noise mixed in (LTX-Video).")] = None,

@@ -51,6 +51,8 @@ class PipelineFacts:
     num_frames: int | None
     #: Sizes that its latents do not tell.
     tells: tuple[str, ...] = ()
+    #: Whether it makes light beyond white, which only a tensor holds.
+    is_hdr: bool = False
 
     @property
     def is_video(self) -> bool:
@@ -118,19 +120,24 @@ def facts_of(pipeline: Any, *, vae: str | None, catalog: VaeCatalog, described: 
         width=default("width") or side,
         num_frames=default("num_frames"),
         tells=_untold(entry, layout),
+        is_hdr=entry.is_hdr,
     )
 
 
 def check_output(output: str | None, facts: PipelineFacts) -> str:
-    """The output of a run: the one asked for, else png or mp4.
+    """The output of a run: the one asked for, else png or mp4, or tensor where these cannot hold it.
 
     Raises:
         InvalidOption: there is no such output, or not of such latents.
     """
     if output is None:
-        return str(Output.MP4 if facts.is_video else Output.PNG)
+        return str(Output.TENSOR if facts.is_hdr else Output.MP4 if facts.is_video else Output.PNG)
     if output not in set(Output):
         raise InvalidOption(f"format is {output!r}, expected one of {', '.join(Output)}", field="format")
+    if facts.is_hdr and output != Output.TENSOR:
+        raise InvalidOption(
+            f"format {output} ends at white, and {facts.name} makes light beyond it: choose tensor", field="format"
+        )
     if output == Output.MP4 and not facts.is_video:
         raise InvalidOption(f"format mp4 needs clips, and {facts.name} makes pictures: choose png", field="format")
     return output

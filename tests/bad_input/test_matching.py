@@ -128,6 +128,7 @@ def zeros(*shape: int) -> Any:
             "png or webp",
             "RGBA",
         ),
+        (zeros(1, 128, 2, 6, 8), {"vae": "ltx2-hdr", "output": "mp4"}, InvalidOption, "output", "choose tensor", "mp4"),
     ],
     ids=lambda item: item["vae"] if isinstance(item, dict) else None,
 )
@@ -192,7 +193,7 @@ def part(name: str, **config: Any) -> Any:
         ("Zzz", ["no name is near it", "docs/vaes.md"]),
         ("StableAudioPipeline", ["they are sound"]),
         ("AmusedPipeline", ["codebook"]),
-        ("LTX2HDRPipeline", ["high dynamic range"]),
+        ("VisualClozeGenerationPipeline", ["several sizes"]),
     ],
 )
 def test_a_pipeline_that_is_not_in_the_table_is_refused(name: str, words: list[str], client: DecodeClient) -> None:
@@ -269,6 +270,19 @@ def test_padded_clips_need_the_frames_that_were_asked_for(client: DecodeClient) 
     with pytest.raises(InvalidOption, match="pads its clips") as refusal:
         client.submit(zeros(1, 22, 16, 6, 8), pipeline=made)
     assert refusal.value.field == "num_frames"
+
+
+def test_a_padded_canvas_needs_the_frames_that_were_asked_for(client: DecodeClient) -> None:
+    with pytest.raises(InvalidSize, match="give num_frames") as refusal:
+        client.submit(zeros(1, 128, 4, 3, 4), pipeline="LTX2DFRPipeline")
+    assert refusal.value.field == "num_frames"
+
+
+def test_what_has_a_high_dynamic_range_becomes_a_tensor_unless_told_otherwise(client: DecodeClient) -> None:
+    job = client.submit(zeros(1, 128, 2, 3, 4), pipeline="LTX2HDRPipeline")
+    request = job.snapshot().request
+    assert request is not None
+    assert (request.vae, request.output) == ("ltx2-hdr", "tensor")
 
 
 def test_latents_that_lack_their_first_frame_are_refused(client: DecodeClient) -> None:

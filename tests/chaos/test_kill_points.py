@@ -1,7 +1,7 @@
 """A worker is SIGKILLed before and after each thing it says to the broker about a job; the job succeeds all the same.
 
-The steps are what one job costs, in order: claim, read the latents, tell that it is on the device, store an artifact
-that is too large to come along with the success, complete. `before`: the command was sent and never arrived. `after`:
+The steps are what one job costs, in order: claim, read latents that are too large to come along with the claim, tell
+that it is on the device, store an artifact that is too large to come along with the success, complete. `before`: the command was sent and never arrived. `after`:
 the broker executed it, the worker never knew.
 """
 
@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from broker_config import keys
 from broker_config.blob_store import INLINE_BYTES
 from broker_config.embedded_broker import EmbeddedBroker
+from broker_config.job_store import ALONG_BYTES
 from broker_config.scripts import source
 from broker_config.settings import Settings
 from producer import DecodeClient, JobHandle, JobStatus
@@ -33,10 +34,13 @@ SMALL = (1, 4, 8, 8)
 #: 320 × 320 × 12 bytes as a tensor.
 LARGE = (1, 4, 40, 40)
 assert INLINE_BYTES < 320 * 320 * 12
+#: 147,456 bytes of latents.
+WIDE = (1, 4, 96, 96)
+assert ALONG_BYTES < 4 * 96 * 96 * 4
 #: Step → (command, script, shape of the latents). One job sends each of them once.
 STEPS = {
     "claim": ("EVALSHA", "claim", SMALL),
-    "read the latents": ("MGET", None, SMALL),
+    "read large latents": ("MGET", None, WIDE),
     "tell the device stage": ("EVALSHA", "renew", SMALL),
     "complete, artifact included": ("EVALSHA", "complete", SMALL),
     "store a large artifact": ("EVALSHA", "store", LARGE),

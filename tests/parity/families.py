@@ -21,6 +21,7 @@ from tests.parity import (
     families_of_sections,
     families_of_tokens,
     others_of_clips,
+    others_of_models,
     others_of_old_unets,
     others_of_transformers,
     others_of_unets,
@@ -42,6 +43,7 @@ OTHERS: Mapping[str, Whole] = {
     **others_of_old_unets.CASES,
     **others_of_transformers.CASES,
     **others_of_clips.CASES,
+    **others_of_models.CASES,
 }
 
 
@@ -54,8 +56,8 @@ class Reference:
     latents: torch.Tensor
     #: What it gave its image processor.
     decoded: torch.Tensor
-    #: `output_type="pil"`, as arrays.
-    pixels: npt.NDArray[np.uint8]
+    #: `output_type="pil"`, as arrays; of a high dynamic range floats.
+    pixels: npt.NDArray[Any]
 
 
 def reference(case: Whole, vae: Any) -> Reference:
@@ -64,13 +66,16 @@ def reference(case: Whole, vae: Any) -> Reference:
     latents = call(pipeline, case, "latent")
     caught, returned = _note_postprocessed(pipeline), _note_returned(pipeline.vae)
     pictures = call(pipeline, case, "pil")
-    if isinstance(pictures, np.ndarray):  # Text2Video-Zero makes no others
+    if isinstance(pictures, np.ndarray) and pictures.ndim == 4:  # Text2Video-Zero makes no others
         pictures = diffusers_class("DiffusionPipeline").numpy_to_pil(pictures)
+    decoded, pixels = (caught or returned)[0], np.stack([pixels_of(item) for item in pictures])
+    if pixels.dtype != np.uint8:  # of a high dynamic range: light, with channels last
+        decoded = torch.from_numpy(pixels).movedim(-1, 1)
     return Reference(
         pipeline=pipeline,
         latents=latents,
-        decoded=(caught or returned)[0],
-        pixels=np.stack([pixels_of(item) for item in pictures]),
+        decoded=decoded[:, :, case.own_frames :] if case.own_frames else decoded,
+        pixels=pixels[:, case.own_frames :] if case.own_frames else pixels,
     )
 
 
@@ -80,7 +85,7 @@ def reference_in(folder: Path, case: Whole) -> Reference:
     return reference(case, diffusers_class(vae_class).from_pretrained(folder / case.vae, low_cpu_mem_usage=False))
 
 
-def pixels_of(made: Any) -> npt.NDArray[np.uint8]:
+def pixels_of(made: Any) -> npt.NDArray[Any]:
     """Of one picture, or of the list of pictures that is a clip."""
     return np.stack([np.asarray(frame) for frame in made]) if isinstance(made, list) else np.asarray(made)
 

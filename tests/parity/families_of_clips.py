@@ -34,6 +34,42 @@ def _tiled(vae: Any) -> None:
     vae.enable_tiling()
 
 
+#: Beside its denoiser; sound is made and thrown away.
+_LTX2_PARTS: Mapping[str, Any] = {
+    "connectors": part(
+        "pipelines.ltx2.connectors.LTX2TextConnectors",
+        caption_channels=TEXT,
+        text_proj_in_factor=1,
+        video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=4,
+        video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None,
+        audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=4,
+        audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None,
+        rope_type="split",
+    ),
+    "audio_vae": part(
+        "AutoencoderKLLTX2Audio",
+        base_channels=4,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        resolution=32,
+        latent_channels=2,
+        mel_bins=8,
+    ),
+    "vocoder": part(
+        "pipelines.ltx2.vocoder.LTX2Vocoder",
+        in_channels=16,
+        hidden_channels=16,
+        upsample_kernel_sizes=[4, 4],
+        upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3],
+        resnet_dilations=[[1, 3, 5]],
+    ),
+}
+
 CASES: Mapping[str, Whole] = {
     "hunyuanvideo15": Whole(
         pipeline="HunyuanVideo15Pipeline",
@@ -95,40 +131,7 @@ CASES: Mapping[str, Whole] = {
         pipeline="LTX2Pipeline",
         vae="ltx2",
         denoiser="LTX2VideoTransformer3DModel",
-        parts={
-            "connectors": part(
-                "pipelines.ltx2.connectors.LTX2TextConnectors",
-                caption_channels=TEXT,
-                text_proj_in_factor=1,
-                video_connector_num_attention_heads=2,
-                video_connector_attention_head_dim=4,
-                video_connector_num_layers=1,
-                video_connector_num_learnable_registers=None,
-                audio_connector_num_attention_heads=2,
-                audio_connector_attention_head_dim=4,
-                audio_connector_num_layers=1,
-                audio_connector_num_learnable_registers=None,
-                rope_type="split",
-            ),
-            "audio_vae": part(
-                "AutoencoderKLLTX2Audio",
-                base_channels=4,
-                ch_mult=(1,),
-                num_res_blocks=1,
-                resolution=32,
-                latent_channels=2,
-                mel_bins=8,
-            ),
-            "vocoder": part(
-                "pipelines.ltx2.vocoder.LTX2Vocoder",
-                in_channels=16,
-                hidden_channels=16,
-                upsample_kernel_sizes=[4, 4],
-                upsample_factors=[2, 2],
-                resnet_kernel_sizes=[3],
-                resnet_dilations=[[1, 3, 5]],
-            ),
-        },
+        parts=_LTX2_PARTS,
         call={
             **HUGE,
             **MASKED,
@@ -144,6 +147,13 @@ CASES: Mapping[str, Whole] = {
             "spatio_temporal_guidance_blocks": None,
             "use_cross_timestep": False,
         },
+    ),
+    "ltx2-hdr": Whole(
+        pipeline="LTX2HDRPipeline",
+        vae="ltx2-hdr",
+        denoiser="LTX2VideoTransformer3DModel",
+        parts=_LTX2_PARTS,
+        call={**MASKED, "height": 96, "width": 128, "num_frames": 9},
     ),
     "sana-wm": Whole(
         pipeline="SanaWMPipeline",

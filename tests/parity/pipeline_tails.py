@@ -76,16 +76,13 @@ class Caught:
         return getattr(self._processor, name)
 
 
-def run_tail(
-    kind: type, vae: Any, start: torch.Tensor, *, variable: str = "latents", **known: Any
-) -> tuple[torch.Tensor, npt.NDArray[np.uint8]]:
+def run_tail(kind: type, vae: Any, start: torch.Tensor, **known: Any) -> tuple[torch.Tensor, npt.NDArray[np.uint8]]:
     """What `kind` makes of its latents: the tensor before postprocessing, and the PIL pictures' pixels.
 
     Args:
         kind: a pipeline class.
         vae: its VAE.
         start: what it returns for `output_type="latent"`, before what it does only for that.
-        variable: its name in `__call__`.
         known: variables of `__call__`, and attributes of the pipeline (those that start with `self_`).
     """
     pipeline = _bare(kind, vae, {key[5:]: value for key, value in known.items() if key.startswith("self_")})
@@ -94,7 +91,6 @@ def run_tail(
     variables: dict[str, Any] = {
         "self": pipeline,
         "latents": start,
-        variable: start,
         "device": torch.device("cpu"),
         "output_type": "pil",
         "return_dict": True,
@@ -222,18 +218,3 @@ class _without(ast.NodeTransformer):
 def _without_returns(statement: ast.stmt) -> ast.stmt:
     visited: ast.stmt = _without().visit(statement)
     return visited
-
-
-def run_lines(name: str, first: str, last: str, **variables: Any) -> dict[str, Any]:
-    """Runs the lines of a pipeline's `__call__` from the one that contains `first` to the one that contains `last`.
-
-    Returns the variables afterwards.
-    """
-    kind = load(name)
-    lines = inspect.getsource(inspect.unwrap(kind.__call__)).splitlines()
-    start = next(number for number, line in enumerate(lines) if first in line)
-    end = next(number for number, line in enumerate(lines) if last in line and number >= start)
-    known = {**vars(sys.modules[kind.__module__]), **variables}
-    with torch.no_grad():
-        exec(textwrap.dedent("\n".join(lines[start : end + 1])), known)
-    return known

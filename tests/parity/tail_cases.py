@@ -1,20 +1,14 @@
-"""What the last lines of each pipeline class need to run without the rest: latents, sizes, and what is its own."""
+"""What the last lines of a pipeline class need to run without the rest: latents, sizes, and what is its own."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from broker_config.vae_catalog import VaeCatalog
 from producer.pipeline_table import PIPELINES
-
-#: Class without a whole pipeline → why it has none: it is held to its own last lines instead.
-NOT_RUN_WHOLE: dict[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,21 +20,10 @@ class Tail:
     known: dict[str, Any] = field(default_factory=dict)
     #: What a caller says beside the pipeline.
     given: dict[str, Any] = field(default_factory=dict)
-    #: What of the latents is handed out, where that is not all.
-    handed_out: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
-    #: What the last lines start from, where that is not what is handed out.
-    variable: str = "latents"
-    #: Whether the pipeline's own way to its latents and back rounds.
-    rounds: bool = False
 
 
 #: Rows and columns of latents: not square, and no multiple of four.
 ROWS, COLUMNS, FRAMES = 6, 10, 3
-
-
-def _load(name: str) -> Any:
-    """A pipeline class; late, since the oldest of them warn of themselves."""
-    return importlib.import_module("tests.parity.pipeline_tails").load(name)
 
 
 def entry_name(name: str) -> str:
@@ -96,56 +79,6 @@ def with_known(**known: Any) -> Callable[[Tail, Any], Tail]:
     return lambda tail, _: replace(tail, known=tail.known | known)
 
 
-def upsampled(tail: Tail, vae: Any) -> Tail:
-    """Latents that are normalised only to be handed out: undoing that gives them back but for rounding."""
-    undone = _load("LTXLatentUpsamplePipeline")._normalize_latents
-    return replace(
-        ltx(tail, vae),
-        handed_out=lambda latents: undone(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor),
-        rounds=True,
-    )
-
-
-def denormalised(kind: str) -> Callable[[Tail, Any], Tail]:
-    """LTX-2 undoes the normalisation before it hands latents out, by a method of its own."""
-
-    def case(tail: Tail, vae: Any) -> Tail:
-        undo = _load(kind)._denormalize_latents
-        silent = SimpleNamespace(dtype=torch.float32, decode=lambda audio, return_dict: (audio,))
-        own = {
-            "audio_latents": torch.zeros(1, 1),
-            "public_audio": torch.zeros(1, 1),
-            "self_audio_vae": silent,
-            "self_vocoder": Vocoder(),
-            "decode_timestep": 0.0,
-            "decode_noise_scale": None,
-            "requested_frames": tail.known["num_frames"],
-            "canvas_frames": tail.known["num_frames"],
-            "frame_rate": 24.0,
-            "playback_fps": 24.0,
-            "self_vae_temporal_compression_ratio": 8,
-            "slot_latents": None,
-            "carry_keyframes": None,
-        }
-        return replace(
-            tail,
-            known=tail.known | own,
-            handed_out=lambda latents: undo(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor),
-            variable="video_latents" if "DFR" in kind else "latents",
-        )
-
-    return case
-
-
-class Vocoder:
-    """Makes no sound of anything."""
-
-    config = SimpleNamespace(output_sampling_rate=24_000)
-
-    def __call__(self, spectrogram: torch.Tensor) -> torch.Tensor:
-        return spectrogram
-
-
 def ltx(tail: Tail, vae: Any) -> Tail:
     own = {
         "latent_num_frames": FRAMES,
@@ -165,20 +98,8 @@ def cogvideox(tail: Tail, vae: Any) -> Tail:
     return replace(tail, known=tail.known | own)
 
 
-_LTX2 = (
-    "LTX2DFRPipeline",
-    "LTX2DFRTemporalRefinePipeline",
-)
 OWN: dict[str, Callable[[Tail, Any], Tail]] = {
-    **{name: denormalised(name) for name in _LTX2},
     "StableVideoDiffusionPipeline": with_known(needs_upcasting=False, num_frames=FRAMES, decode_chunk_size=FRAMES),
     "LTXConditionPipeline": ltx,
-    "LTX2LatentUpsamplePipeline": ltx,
     "CogVideoXPipeline": cogvideox,
-    "LTXLatentUpsamplePipeline": upsampled,
-    # The caller's own clip comes before what is decoded: here it is empty.
-    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": with_known(
-        video_original=torch.zeros(2, 3, 0, ROWS * 8, COLUMNS * 8)
-    ),
-    "AnyFlowFARPipeline": with_known(permutation=(0, 2, 1, 3, 4)),
 }

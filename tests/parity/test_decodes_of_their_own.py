@@ -1,4 +1,4 @@
-"""Decodes that are neither a pipeline's last lines nor those of a whole tiny one: loops, padding, all of its items."""
+"""Decodes beside those of whole tiny pipelines: what is padded, tiles of any number, all items of a batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.parity.our_way import our_way
-from tests.parity.tail_cases import COLUMNS, FRAMES, ROWS, Tail, tail_of
+from tests.parity.tail_cases import COLUMNS, ROWS, Tail, tail_of
+from worker.blended_tiles import decode_in_tiles
 
 tails = pytest.importorskip("tests.parity.pipeline_tails", reason="diffusers' pipelines need transformers")
 
@@ -39,46 +40,33 @@ def test_cogvideox_leaves_out_the_frames_it_padded(frames: int, vaes: Callable[[
     assert np.array_equal(made_pixels, pixels)
 
 
-def test_a_clip_of_one_chunk_of_cosmos_transfer(vaes: Callable[[str], Any]) -> None:
-    vae, name = vaes("cosmos25"), "Cosmos2_5_TransferPipeline"
-    statistics = [
-        torch.tensor(values).view(1, 16, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
-    ]
-    known = tails.run_lines(
-        name,
-        "latents_mean = self.latents_mean.to(dtype=vae_dtype",
-        "return video",
-        self=SimpleNamespace(vae=vae, latents_mean=statistics[0], latents_std=statistics[1]),
-        vae_dtype=torch.float32,
-        device="cpu",
+class Enlarging:
+    """A VAE that repeats its latents: 4 × 4 pixels and 8 frames to each, but of the first frame one."""
+
+    dtype = torch.float32
+    config = SimpleNamespace(timestep_conditioning=False)
+
+    def decode(self, latents: torch.Tensor, temb: Any = None, *, return_dict: bool) -> tuple[torch.Tensor]:
+        pictures = latents.repeat_interleave(4, dim=3).repeat_interleave(4, dim=4)
+        return (torch.cat([pictures[:, :, :1], pictures[:, :, 1:].repeat_interleave(8, dim=2)], dim=2),)
+
+
+@pytest.mark.parametrize("tiles", [(4, 4, 3), (4, 3, 5), (2, 3, 1), (3, 2, 0), (1, 1, 3)])
+def test_tiles_of_any_number_are_blended_as_the_pipeline_does(tiles: tuple[int, int, int]) -> None:
+    rows, columns, overlap = tiles
+    vae: Any = Enlarging()
+    latents = torch.randn((2, 3, 2, 16, 22), generator=torch.Generator().manual_seed(5))
+    pipeline = SimpleNamespace(
+        vae=vae, _execution_device="cpu", vae_temporal_compression_ratio=8, vae_spatial_compression_ratio=4
     )
-    latents = torch.randn((2, 16, FRAMES, ROWS, COLUMNS), generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        expected = known["decode_latents"](latents)
-    made, _ = our_way(name, vae, latents, Tail(shape=()))
+    expected = tails.load("LTXI2VLongMultiPromptPipeline").vae_decode_tiled(
+        pipeline,
+        latents,
+        vertical_tiles=rows,
+        horizontal_tiles=columns,
+        overlap=overlap,
+        last_frame_fix=False,
+        auto_denormalize=False,
+    )
+    made = decode_in_tiles(latents, tiles=tiles, spatial=4, decode=lambda tile: vae.decode(tile, return_dict=False)[0])
     assert torch.equal(made, expected)
-
-
-def test_helios_pyramid_decodes_each_chunk_afresh(vaes: Callable[[str], Any]) -> None:
-    vae, name, each = vaes("helios"), "HeliosPyramidPipeline", 2
-    latents = torch.randn((2, 16, 3 * each, ROWS, COLUMNS), generator=torch.Generator().manual_seed(5))
-    shape = (1, 16, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean).view(shape)
-    history: Any = None
-    for end in range(each, 3 * each + 1, each):
-        after = tails.run_lines(
-            name,
-            "current_latents = (",
-            "history_video = torch.cat([history_video, current_video], dim=2)",
-            self=SimpleNamespace(vae=vae),
-            real_history_latents=latents[:, :, :end],
-            num_latent_frames_per_chunk=each,
-            vae_dtype=torch.float32,
-            latents_mean=mean,
-            latents_std=1.0 / torch.tensor(vae.config.latents_std).view(shape),
-            history_video=history,
-        )
-        history = after["history_video"]
-    made, _ = our_way(name, vae, latents, Tail(shape=(), given={"frames_per_call": each}))
-    generated = (history.shape[2] - 1) // 4 * 4 + 1  # pipeline_helios.py __call__
-    assert torch.equal(made, history[:, :, :generated])

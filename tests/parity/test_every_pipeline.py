@@ -1,9 +1,9 @@
-"""Every pipeline class of the pinned diffusers that offers latents: taken, and decoded as its own last lines would.
+"""Every pipeline class of the pinned diffusers that offers latents is taken and called whole, or excepted by name.
 
-Each family has a whole pipeline, most have several (`test_families.py`, `test_remote_vae_families.py`,
-`test_other_classes.py`). The classes that have none (`NOT_RUN_WHOLE` says why) are held here against lines cut out of
-diffusers' source (`pipeline_tails.py`): a class of its own may undo its normalisation in its own way. Our side starts
-where a caller starts, with the pipeline object and its latents, and ends with the tensor and the pixels a worker makes.
+The whole pipelines are in `test_families.py`, `test_remote_vae_families.py` and `test_other_classes.py`. Here latents of
+odd sizes, which not every denoiser makes, are held against the last lines of a family's own `__call__`, cut out of
+diffusers' source (`pipeline_tails.py`). Our side starts where a caller starts, with the pipeline object and its latents,
+and ends with the tensor and the pixels a worker makes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from broker_config.vae_catalog import VaeCatalog
 from producer.pipeline_table import EXCEPTED, PIPELINES
 from tests.parity.families import CASES, OTHERS
 from tests.parity.our_way import our_way
-from tests.parity.tail_cases import NOT_RUN_WHOLE, entry_name, tail_of
+from tests.parity.tail_cases import entry_name, tail_of
 from tests.parity.whole_pipelines import REMOTE_VAE_PIPELINES
 
 tails = pytest.importorskip("tests.parity.pipeline_tails", reason="diffusers' pipelines need transformers")
 
 #: Classes with a whole pipeline.
 WHOLE = {case.pipeline.rpartition(".")[2] for case in (*CASES.values(), *OTHERS.values())} | set(REMOTE_VAE_PIPELINES)
-#: Classes that decode inside their loop, so that their last lines only postprocess: see test_decodes_of_their_own.py.
-IN_THEIR_LOOP = {"HeliosPyramidPipeline", "Cosmos2_5_TransferPipeline"}
 
 
 def test_every_class_that_offers_latents_is_taken_or_excepted_by_name_with_a_reason() -> None:
@@ -50,33 +48,8 @@ def test_what_the_catalogue_was_read_from_is_in_the_pinned_diffusers() -> None:
     assert cited > 80
 
 
-def test_every_class_is_called_whole_or_has_its_reason() -> None:
-    assert set(PIPELINES) - WHOLE == set(NOT_RUN_WHOLE)
-    assert all(len(reason) > 20 for reason in NOT_RUN_WHOLE.values())
-
-
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in WHOLE | IN_THEIR_LOOP])
-def test_what_comes_out_is_what_the_pipelines_own_last_lines_make(name: str, vaes: Callable[[str], Any]) -> None:
-    vae = vaes(entry_name(name))
-    tail = tail_of(name, vae)
-    order = tail.known.get("permutation")
-    latents = torch.randn(tail.shape, generator=torch.Generator().manual_seed(5))
-    if order is not None:
-        inverse = [order.index(place) for place in range(len(order))]
-        latents = latents.permute(order).contiguous().permute(inverse)
-        assert not latents.is_contiguous()
-    handed_out = tail.handed_out(latents.clone())
-    kind = tails.load(name)
-    expected, pixels = tails.run_tail(kind, vae, latents, variable=tail.variable, **tail.known)
-    made, made_pixels = our_way(name, vae, handed_out, tail)
-    assert len(np.unique(pixels)) > 8, "a flat picture is equal to any other"
-    assert made.dtype == expected.dtype == torch.float32
-    if tail.rounds:
-        assert torch.allclose(made, expected, atol=1e-5)
-        assert int(np.abs(made_pixels.astype(int) - pixels).max()) <= 1
-        return
-    assert torch.equal(made, expected)
-    assert np.array_equal(made_pixels, pixels)
+def test_every_class_is_called_whole() -> None:
+    assert set(PIPELINES) == WHOLE
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def served(vae_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield started
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # schedulers, with numpy 2
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # schedulers, with numpy 2
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the oldest pipelines, of themselves and what they call
 @pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning", "ignore:Default grid_sample:UserWarning")  # the same
 @pytest.mark.parametrize("name", OTHERS)

@@ -23,6 +23,8 @@ def assert_a_worker_makes_the_same(served: Serving, case: Whole, expected: Refer
     assert torch.allclose(made, decoded, atol=1e-5) if case.rounds else torch.equal(made, decoded)
     assert job.snapshot().vae == case.vae
     job.ack()
+    if expected.pixels.dtype != np.uint8:
+        return  # no pixels hold it
     pixels_job = served.decode(expected.latents, output="uint8", **given)
     pixels = pixels_job.array()
     assert np.abs(pixels.astype(int) - expected.pixels.reshape(pixels.shape)).max() <= int(case.rounds)

@@ -12,9 +12,8 @@ import contextlib
 import functools
 import importlib
 import inspect
-import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,8 @@ class Whole:
     parts: Mapping[str, Any] = field(default_factory=dict)
     #: Methods (dotted) that would run an encoder, or choose a size too large to test with → what they return.
     answers: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
-    #: Names of the pipeline's module: what a library that is no part of this would bring, or sizes too large.
+    #: Names of the pipeline's module, or of another one (dotted): what a library that is no part of this would bring,
+    #: sizes too large, or ways too slow.
     names: Mapping[str, Any] = field(default_factory=dict)
     #: Attributes that the pipeline's `__init__` sets to such sizes.
     sizes: Mapping[str, Any] = field(default_factory=dict)
@@ -93,6 +93,8 @@ class Whole:
     by_callback: bool = False
     #: Whether what it hands out does not tell the last bits of what it decodes.
     rounds: bool = False
+    #: Frames of the caller's own clip, which it puts before those it decodes.
+    own_frames: int = 0
     #: What to do to the VAE first.
     prepare: Callable[[Any], None] = lambda vae: None
     #: What to do with the pipeline before it is called.
@@ -131,11 +133,9 @@ def build(case: Whole, vae: Any) -> Any:
     parts: dict[str, Any] = dict.fromkeys(name for name in required if name not in ("self", "args", "kwargs"))
     case.prepare(vae)
     torch.manual_seed(7)  # the denoiser's weights
-    parts |= {
-        "vae": vae,
-        "scheduler": case.scheduler(),
-        case.part: tiny(case.denoiser, **case.config),
-    }
+    parts |= {"vae": vae, case.part: tiny(case.denoiser, **case.config)}
+    if "scheduler" in wanted:
+        parts["scheduler"] = case.scheduler()
     parts |= {name: part() if callable(part) else part for name, part in case.parts.items()}
     with _own_names(kind, case):
         pipeline = kind(**parts)
@@ -149,8 +149,14 @@ def build(case: Whole, vae: Any) -> Any:
     return pipeline
 
 
-def _own_names(kind: Any, case: Whole) -> Any:
-    return mock.patch.dict(vars(sys.modules[kind.__module__]), case.names)
+@contextlib.contextmanager
+def _own_names(kind: Any, case: Whole) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for dotted, value in case.names.items():
+            module, _, name = dotted.rpartition(".")
+            names = vars(importlib.import_module(module or kind.__module__))
+            stack.enter_context(mock.patch.dict(names, {name: value}))
+        yield
 
 
 def call(pipeline: Any, case: Whole, output_type: str) -> Any:
@@ -162,6 +168,8 @@ def call(pipeline: Any, case: Whole, output_type: str) -> Any:
         "return_dict": False,
         "output_type": output_type,
     }
+    known = inspect.signature(pipeline.__call__).parameters  # what upsamples latents has no steps
+    given = {name: value for name, value in given.items() if name in known}
     seen: list[torch.Tensor] = []
 
     def take(_: Any, step: int, time: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

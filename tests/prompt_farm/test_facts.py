@@ -17,7 +17,7 @@ from broker_config.vae_catalog import VaeCatalog
 from producer import DecodeClient
 from producer.prompt_farm import Farm
 from producer.prompt_farm.denoiser import Denoiser, identity_of, load_pipeline
-from producer.prompt_farm.facts import check_tasks, facts_of
+from producer.prompt_farm.facts import check_output, check_tasks, facts_of
 from producer.prompt_farm.plan import Recipe, plan
 from producer.prompt_farm.rows import rows_of
 from producer.queued_vae import QueuedVAE
@@ -59,6 +59,14 @@ def test_a_pipeline_without_its_vae_tells_who_decodes(name: str) -> None:
     facts = facts_of(build(CASES[name], None), vae=None, catalog=CATALOG)
     assert facts.vae == CASES[name].vae
     assert facts.layout in CATALOG[facts.vae].layouts
+
+
+def test_a_high_dynamic_range_is_written_as_tensors_only() -> None:
+    facts = facts_of(build(CASES["ltx2-hdr"], None), vae=None, catalog=CATALOG)
+    assert check_output(None, facts) == "tensor"
+    with pytest.raises(InvalidOption, match="choose tensor") as refusal:
+        check_output("mp4", facts)
+    assert refusal.value.field == "format"
 
 
 @pytest.mark.parametrize("name", _NOT_OF_TEXT)

@@ -32,6 +32,9 @@ CASES: Mapping[str, Facts] = {
     "the scheduler's": Facts(shape=(1, 16, 2, 6, 8), said={"vae": "cosmos1", "sigma_data": 0.5}),
     "padded in front": Facts(shape=(1, 4, 16, 6, 8), said={"vae": "cogvideox-5b", "additional_frames": 1}),
     "in chunks": Facts(shape=(1, 16, 6, 6, 8), said={"vae": "helios", "layout": "video_chunks", "frames_per_call": 3}),
+    "in tiles": Facts(
+        shape=(1, 128, 2, 6, 8), said={"vae": "ltx", "layout": "video_blended", "blended_tiles": "2x3+1"}
+    ),
     "with noise": Facts(shape=(1, 96, 128), said={**_LTX, "decode_noise_scale": 0.025, "seed": 2**64 - 1}),
     "with a generator": Facts(shape=(1, 96, 128), said={**_LTX, "noise_state": STATE}),
     "with another scale": Facts(

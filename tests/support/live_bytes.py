@@ -51,7 +51,9 @@ class LiveBytes(TorchDispatchMode):
         self._now -= size
 
 
-def live_bytes(make: Callable[[], Any], shape: tuple[int, ...], *, dtype: torch.dtype, decode: Callable[..., Any]) -> int:
+def live_bytes(
+    make: Callable[[], Any], shape: tuple[int, ...], *, dtype: torch.dtype, decode: Callable[..., Any]
+) -> int:
     """The peak of `decode(vae, latents)` above weights and latents, for the VAE that `make` makes."""
     with torch.device("meta"):
         vae = make().eval()

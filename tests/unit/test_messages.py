@@ -81,6 +81,7 @@ requests = st.builds(
     layers=st.none() | st.integers(1, 4096),
     additional_frames=st.none() | st.integers(0, 4096),
     frames_per_call=st.none() | st.integers(1, 4096),
+    blended_tiles=st.none() | st.from_regex(r"[1-9][0-9]?x[1-9][0-9]?\+[0-9]{1,2}", fullmatch=True),
     sigma_data=st.none() | st.floats(0.01, 1e6),
     decode_timestep=st.none() | st.floats(0, 1),
     decode_noise_scale=st.none() | st.floats(0, 1),
@@ -186,6 +187,7 @@ OTHERS: dict[str, Any] = {
     "layers": 3,
     "additional_frames": 1,
     "frames_per_call": 14,
+    "blended_tiles": "2x3+1",
     "sigma_data": 0.5,
     "decode_timestep": 0.05,
     "decode_noise_scale": 0.025,
@@ -217,7 +219,9 @@ def test_a_replay_has_the_same_digest(request: DecodeRequest) -> None:
     assert DecodeRequest.from_wire(request.to_wire()).payload_hash == request.payload_hash
 
 
-@pytest.mark.parametrize("name", ["vae", "layout", "shape", "dtype", "height", "width", "scaling_factor", "mode"])
+@pytest.mark.parametrize(
+    "name", ["vae", "layout", "shape", "dtype", "height", "width", "num_frames", "scaling_factor", "mode"]
+)
 def test_jobs_that_decode_differently_are_in_different_buckets(name: str) -> None:
     assert dataclasses.replace(REQUEST, **{name: OTHERS[name]}).bucket != REQUEST.bucket
 
@@ -300,6 +304,9 @@ def test_nothing_leaves_an_end_but_to_be_forgotten() -> None:
         ("layers", -1),
         ("additional_frames", -1),
         ("frames_per_call", 0),
+        ("blended_tiles", "0x3+1"),
+        ("blended_tiles", "2x3"),
+        ("blended_tiles", 4),
         ("sigma_data", 0),
         ("sigma_data", "0.5"),
         ("sigma_data", float("inf")),

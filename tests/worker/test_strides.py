@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -9,10 +13,9 @@ from producer.tensor_input import to_tensor_file
 from worker.latent_io import read_latents
 
 
-def arrived(latents: torch.Tensor) -> torch.Tensor:
-    dtype = str(latents.dtype).removeprefix("torch.")
-    data = to_tensor_file(latents, max_bytes=1 << 20).data
-    return read_latents(data, shape=tuple(latents.shape), dtype=dtype)
+def arrived(latents: torch.Tensor | npt.NDArray[Any]) -> torch.Tensor:
+    file = to_tensor_file(latents, max_bytes=1 << 20)
+    return read_latents(file.data, shape=file.shape, dtype=file.dtype)
 
 
 @pytest.mark.parametrize(
@@ -41,3 +44,46 @@ def test_what_has_no_order_of_its_own_arrives_in_c_order(latents: torch.Tensor) 
     made = arrived(latents)
     assert made.is_contiguous()
     assert torch.equal(made, latents)
+
+
+#: Elements in the order of memory.
+NUMBERS = np.arange(2 * 4 * 6 * 8, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "latents",
+    [
+        NUMBERS.reshape(2, 4, 6, 8, order="F"),
+        NUMBERS.reshape(2, 6, 8, 4).transpose(0, 3, 1, 2),
+        NUMBERS.astype(np.float16).reshape(4, 2, 6, 8).swapaxes(0, 1),
+        NUMBERS.astype(">f4").reshape(2, 6, 8, 4).transpose(0, 3, 1, 2),
+    ],
+    ids=["Fortran order", "channels last", "a transposed view", "big-endian"],
+)
+def test_strides_of_an_array_arrive(latents: npt.NDArray[Any]) -> None:
+    made = arrived(latents)
+    assert not made.is_contiguous()
+    assert made.stride() == tuple(stride // latents.itemsize for stride in latents.strides)
+    assert np.array_equal(made.numpy(), latents)
+
+
+@pytest.mark.parametrize(
+    "latents",
+    [
+        NUMBERS.reshape(2, 4, 6, 8),
+        NUMBERS.reshape(2, 4, 6, 8)[..., 1:7],
+        NUMBERS.reshape(2, 4, 6, 8)[:, ::-1],
+        np.broadcast_to(NUMBERS.reshape(2, 4, 6, 8)[:1], (2, 4, 6, 8)),
+    ],
+    ids=["contiguous", "a part of more", "backwards", "expanded"],
+)
+def test_an_array_that_has_no_order_of_its_own_arrives_in_c_order(latents: npt.NDArray[Any]) -> None:
+    made = arrived(latents)
+    assert made.is_contiguous()
+    assert np.array_equal(made.numpy(), latents)
+
+
+def test_pixels_are_sent_in_c_order() -> None:
+    pixels = NUMBERS.reshape(2, 4, 6, 8, order="F")
+    assert b"latentq.order" in to_tensor_file(pixels, max_bytes=1 << 20).data
+    assert b"latentq.order" not in to_tensor_file(pixels, max_bytes=1 << 20, name="pictures").data

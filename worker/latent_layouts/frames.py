@@ -13,6 +13,11 @@ IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
 
+#: ARRI LogC3 at EI 800 (pipelines/ltx2/image_processor.py `LTX2VideoHDRProcessor`): light up to `CUT` is linear in the
+#: code value, above it the logarithm is.
+_A, _B, _C, _D, _E, _F, _CUT = 5.555556, 0.052272, 0.247190, 0.385537, 5.367655, 0.092809, 0.010591
+
+
 def fold_frames(latents: torch.Tensor) -> torch.Tensor:
     """(B, C, F, h, w) → (B·F, C, h, w), for image VAEs that decode frame by frame.
 
@@ -104,3 +109,14 @@ def undo_imagenet(decoded: torch.Tensor) -> torch.Tensor:
     mean = torch.tensor(IMAGENET_MEAN, device=decoded.device).view(1, -1, 1, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=decoded.device).view(1, -1, 1, 1, 1)
     return (decoded.float() * std + mean).clamp(0, 1)
+
+
+def expand_logc3(decoded: torch.Tensor) -> torch.Tensor:
+    """(n, 3, F, H, W) of LogC3 in [-1, 1] → linear light from 0 to 55, 1 is white, float32.
+
+    Source: pipelines/ltx2/image_processor.py `LTX2VideoHDRProcessor.postprocess_hdr_video`, `_logc3_decompress`.
+    """
+    code = (decoded.float() * 0.5 + 0.5).clamp(0, 1)
+    above = (torch.pow(10.0, (code - _D) / _C) - _B) / _A
+    below = (code - _F) / _E
+    return torch.where(code >= _E * _CUT + _F, above, below)

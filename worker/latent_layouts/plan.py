@@ -38,6 +38,8 @@ class Plan:
     imagenet: bool = False
     #: Whether pixels are cut to whole values instead of rounded, as a pipeline with a guardrail leaves them.
     cut: bool = False
+    #: Whether pixels are ARRI LogC3, and become linear light.
+    logc3: bool = False
 
     @property
     def latent_state(self) -> LatentState:

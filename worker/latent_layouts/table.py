@@ -42,6 +42,8 @@ def finish(decoded: torch.Tensor, plan: Plan) -> torch.Tensor:
     decoded = _TABLE[plan.layout].finish(decoded, plan)
     if plan.imagenet:
         decoded = frames.undo_imagenet(decoded)
+    if plan.logc3:
+        decoded = frames.expand_logc3(decoded)
     if plan.frames is FrameRule.EVEN:
         # pipelines/allegro/pipeline_allegro.py `decode_latents`, `__call__`: frames come first, and clips are cut.
         decoded = decoded.permute(0, 2, 1, 3, 4)[:, :, : plan.num_frames]
@@ -96,6 +98,14 @@ def _unpack_video(latents: torch.Tensor, plan: Plan) -> torch.Tensor:
     return tokens.unpack_video(latents, frames=latent_frames, rows=rows, columns=columns, patch=plan.patch_size)
 
 
+def _twice_at_the_end(latents: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """The last latent frame once more, whose frames are dropped again.
+
+    Source: pipelines/ltx/pipeline_ltx_i2v_long_multi_prompt.py `vae_decode_tiled` (last_frame_fix).
+    """
+    return torch.cat([latents, latents[:, :, -1:]], dim=2)
+
+
 def _unpack_grid(latents: torch.Tensor, plan: Plan) -> torch.Tensor:
     rows, columns = _grid(plan, 2)
     return tokens.tokens_to_grid(latents, rows=rows, columns=columns)
@@ -104,6 +114,11 @@ def _unpack_grid(latents: torch.Tensor, plan: Plan) -> torch.Tensor:
 def _skip_frames(latents: torch.Tensor, plan: Plan) -> torch.Tensor:
     skip = plan.facts.additional_frames or 0
     return latents[:, :, skip:] if skip else latents
+
+
+def _asked_frames(latents: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Source: pipelines/ltx2/utils.py `trim_canvas`."""
+    return latents[:, :, : (plan.num_frames - 1) // plan.temporal + 1]
 
 
 def _item_patches(latents: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -156,6 +171,8 @@ _TABLE: Final[Mapping[LatentLayout, _Steps]] = {
     LatentLayout.ITEMS: _Steps(before=lambda latents, _: latents.flatten(0, 1), finish=_last_item),
     LatentLayout.ITEM_PATCHES: _Steps(before=_item_patches, finish=lambda decoded, _: decoded.float().squeeze(2)),
     LatentLayout.VIDEO_REASONED: _Steps(),
-    LatentLayout.VIDEO_CHUNKS: _Steps(),
+    LatentLayout.VIDEO_CHUNKS: _Steps(before=_skip_frames),
+    LatentLayout.VIDEO_CANVAS: _Steps(before=_asked_frames),
     LatentLayout.VIDEO_SECTIONS: _Steps(),
+    LatentLayout.VIDEO_BLENDED: _Steps(after=_twice_at_the_end),
 }
