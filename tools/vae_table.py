@@ -48,7 +48,7 @@ def families() -> str:
         lines.append(
             f"| `{name}` | {entry.vae_class} | {_layouts(entry)} | {_states(entry)} | {entry.dtype} | "
             f"{_TILING.get(entry.vae_class, 'opt-in')} | {len(pipelines) or '–'} | {len(run) or '–'} | "
-            f"{_tests(name, others=set(pipelines) - set(run))} |"
+            f"{_tests(name)} |"
         )
     return "\n".join(lines)
 
@@ -71,11 +71,8 @@ def _add(found: dict[str, list[str]], name: str, pipeline: str) -> None:
 
 def pipelines() -> str:
     """The pipelines of each family, and those that are not taken."""
-    lines = ["| family of | called whole | held to their last lines |", "|---|---|---|"]
-    run = {name for found in whole_pipelines().values() for name in found}
-    for name, found in sorted(_pipelines_by_vae().items()):
-        whole, others = (", ".join(sorted(part)) or "–" for part in (run & set(found), set(found) - run))
-        lines.append(f"| `{name}` | {whole} | {others} |")
+    lines = ["| family of | pipelines |", "|---|---|"]
+    lines += [f"| `{name}` | {', '.join(sorted(found))} |" for name, found in sorted(_pipelines_by_vae().items())]
     lines += ["", "| not taken | because of its latents |", "|---|---|"]
     lines += [f"| {name} | {reason} |" for name, reason in sorted(EXCEPTED.items())]
     return "\n".join(lines)
@@ -102,18 +99,12 @@ def _states(entry: VaeEntry) -> str:
     return ", ".join(f"`{item}`" for item in states)
 
 
-def _tests(name: str, *, others: set[str]) -> str:
-    """The parity tests that have cases of the entry.
-
-    Args:
-        name: the entry.
-        others: its pipelines that are not called whole, which are in the test of every class.
-    """
+def _tests(name: str) -> str:
+    """The parity tests that have cases of the entry."""
     whole = any(name == case.vae for case in CASES.values())
     remote = name in REMOTE_VAE_PIPELINES.values() and not whole
     more = any(name == case.vae for case in OTHERS.values())
     found = ["test_families"] * whole + ["test_remote_vae_families"] * remote + ["test_other_classes"] * more
-    found += ["test_every_pipeline"] * bool(others)
     found += [path.stem for path in sorted(PARITY.glob("test_*.py")) if name in _strings(path)]
     return ", ".join(f"`{item}`" for item in dict.fromkeys(found)) or "none"
 

@@ -1,8 +1,8 @@
 """A worker is SIGKILLed before and after each thing it says to the broker about a job; the job succeeds all the same.
 
 The steps are what one job costs, in order: claim, read latents that are too large to come along with the claim, tell
-that it is on the device, store an artifact that is too large to come along with the success, complete. `before`: the command was sent and never arrived. `after`:
-the broker executed it, the worker never knew.
+that it is on the device, store an artifact that is too large to come along with the success, complete. `before`: the
+command was sent and never arrived. `after`: the broker executed it, the worker never knew.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Every pipeline class of the pinned diffusers that offers latents is taken and called whole, or excepted by name.
 
-The whole pipelines are in `test_families.py`, `test_remote_vae_families.py` and `test_other_classes.py`. Here latents of
-odd sizes, which not every denoiser makes, are held against the last lines of a family's own `__call__`, cut out of
-diffusers' source (`pipeline_tails.py`). Our side starts where a caller starts, with the pipeline object and its latents,
-and ends with the tensor and the pixels a worker makes.
+The whole pipelines are in `test_families.py`, `test_remote_vae_families.py` and `test_other_classes.py`. Here latents
+of odd sizes, which not every denoiser makes, are held against the last lines of a family's own `__call__`, cut out of
+diffusers' source (`pipeline_tails.py`). Our side starts where a caller starts, with the pipeline object and its
+latents, and ends with the tensor and the pixels a worker makes.
 """
 
 from __future__ import annotations
