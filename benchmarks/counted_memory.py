@@ -36,9 +36,10 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages made inside its block."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._now = 0
-        self.peak = 0
+        #: The most that lived at once.
+        self.peak: int = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(
@@ -77,7 +78,7 @@ def counted(name: str, *, side: int, dtype: torch.dtype, mode: DecodeMode) -> in
         latents = latents_of(vae, name, side=side).to(dtype)
         with LiveBytes() as live:
             decoder_of(vae, mode)(latents)
-    return live.peak
+    return int(live.peak)
 
 
 def main(cases: Sequence[tuple[str, int, torch.dtype, float]] = CASES) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 from safetensors.numpy import save
 
-from benchmarks.harness import Bench, bench, on_core, percentile, write_result
+from benchmarks.harness import Bench, bench, on_core, percentile, python_loop_ms, write_result
 from broker_config.blob_store import RedisBlobStore
 from broker_config.messages import BlobRef, DecodeRequest, Mode, Output
 from broker_config.vae_catalog import VaeCatalog
@@ -113,6 +113,7 @@ def sync_http_per_s(*, jobs: int) -> float:
 def latency(running: Bench, *, samples: int) -> dict[str, Any]:
     """Submit to result in hand on an idle queue, minus decode and encode, in ms."""
     client = noop_client(running)
+    speed_ms = [python_loop_ms()]
     overheads = []
     with running.worker("exact", module="benchmarks.noop_worker", vae="noop"):
         for number in range(samples + 20):
@@ -125,7 +126,9 @@ def latency(running: Bench, *, samples: int) -> dict[str, Any]:
             times = job.result().timings_s
             if number >= 20:
                 overheads.append((elapsed - times["decode"] - times["encode"]) * 1000)
+    speed_ms.append(python_loop_ms())
     return {
+        "python_loop_ms": speed_ms,
         "samples": len(overheads),
         "p50_ms": statistics.median(overheads),
         "p99_ms": percentile(overheads, 0.99),
@@ -134,10 +137,10 @@ def latency(running: Bench, *, samples: int) -> dict[str, Any]:
     }
 
 
-def _request(number: int, latents: BlobRef) -> DecodeRequest:
+def _request(name: str, latents: BlobRef, *, vae: str) -> DecodeRequest:
     return DecodeRequest(
-        job_id=f"bench-{number}",
-        vae="noop",
+        job_id=name,
+        vae=vae,
         layout="unpacked",
         latents=latents,
         shape=(1, 4, 8, 8),
@@ -153,29 +156,24 @@ def _request(number: int, latents: BlobRef) -> DecodeRequest:
 
 
 def claim_cost(running: Bench, *, few: int, many: int, claims: int) -> dict[str, Any]:
-    """Time of one claim with `few` and with `many` jobs queued; claimed jobs are handed back."""
+    """Time of one claim with `few` and with `many` jobs queued, in turn; claimed jobs are handed back."""
     store = running.client.store
     blobs = RedisBlobStore(store.connections, provisional_s=running.settings.provisional_s)
     latents = save({"latents": _LATENTS})
-
-    def fill(numbers: range) -> None:
-        for number in numbers:
-            store.submit(_request(number, blobs.put(f"bench-{number}", latents)))
-
-    def measure(label: str) -> float:
-        times = []
-        for number in range(claims):
+    queued = {"few": few, "many": many}
+    for vae, count in queued.items():
+        for number in range(count):
+            name = f"{vae}-{number}"
+            store.submit(_request(name, blobs.put(name, latents), vae=vae))
+    times: dict[str, list[float]] = {vae: [] for vae in queued}
+    for number in range(claims):
+        for vae in queued:
             started = time.perf_counter()
-            held = store.claim(token=f"{label}{number}", worker="bench", vaes=["noop"], max_jobs=8, max_px=10**9)
-            times.append(time.perf_counter() - started)
+            held = store.claim(token=f"{vae}{number}", worker="bench", vaes=[vae], max_jobs=8, max_px=10**9)
+            times[vae].append(time.perf_counter() - started)
             assert len(held) == 8
             store.release(held)
-        return statistics.median(times) * 1e6
-
-    fill(range(few))
-    short_us = measure("short")
-    fill(range(few, many))
-    long_us = measure("long")
+    short_us, long_us = (statistics.median(times[vae]) * 1e6 for vae in queued)
     return {
         "queued": [few, many],
         "claim_us": [short_us, long_us],

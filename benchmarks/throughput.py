@@ -72,16 +72,23 @@ def compare(
     loops, queues, waits = [], [], []
     with running.worker("--vae", vae, "--threads", "1", vae=vae) as worker:
         queued(running, vae=vae, channels=channels, side=side, jobs=2)
-        for _ in range(rounds):
+
+        def loop_alone() -> None:
             worker.send_signal(signal.SIGSTOP)
             try:
                 loops.append(bare(running, weights=weights, channels=channels, side=side, jobs=jobs))
             finally:
                 worker.send_signal(signal.SIGCONT)
             time.sleep(1.0)  # leases of nothing: the worker renews and beats again
+
+        def through_the_queue() -> None:
             through, waited = queued(running, vae=vae, channels=channels, side=side, jobs=jobs)
             queues.append(through)
             waits.append(waited)
+
+        for number in range(rounds):  # each first in turn: a core's speed drifts
+            for measure in (loop_alone, through_the_queue)[:: -1 if number % 2 else 1]:
+                measure()
     ratios = [through / loop for through, loop in zip(queues, loops, strict=True)]
     return {
         "side_px": side,
