@@ -63,12 +63,19 @@ def QueuedVAE(
     Raises:
         UnknownVae: not in the catalogue.
         WeightsMissing: no config, or no statistics, where the catalogue says.
+        InvalidOption: jobs of this entry end with what the pipeline does after the VAE.
     """
     import diffusers
     import torch
 
     client = client or DecodeClient.from_env()
     entry = client.catalog[name]
+    if entry.is_hdr:
+        raise InvalidOption(
+            f"jobs of VAE {name} end in linear light, which the pipeline makes itself of what its VAE returns: "
+            "name the entry of the same VAE without (ltx2)",
+            field="vae",
+        )
     base = getattr(diffusers, entry.vae_class)
     # Of the class's own name, which is in its config, and which some pipelines ask for.
     stand_in: Any = type(

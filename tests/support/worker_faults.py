@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
-from broker_config.tiered_blob_store import TieredBlobStore
 from worker import decode_pace, fetch_stage, finish_stage
 from worker.batch_decode import BatchDecoder
+from worker.fetch_stage import FetchStage
 from worker.finish_stage import FinishStage
 
 #: Variable of the environment that names the fault.
@@ -19,7 +19,7 @@ VARIABLE: Final = "WORKER_FAULT"
 
 #: What hangs → (class, method). Each is called once for a job.
 HANGS: Final[dict[str, tuple[type, str]]] = {
-    "claimed": (TieredBlobStore, "get_many"),
+    "claimed": (FetchStage, "_latents_of"),
     "device": (BatchDecoder, "decode"),
     "encode": (FinishStage, "_encode"),
     "finish": (FinishStage, "_store"),

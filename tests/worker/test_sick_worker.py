@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from broker_config import keys
+from broker_config import job_store, keys
 from broker_config.errors import BlobStoreUnknown, DecodeFailed, OutOfMemory
 from broker_config.settings import Settings
 from producer import DecodeClient, JobHandle, JobStatus
@@ -96,9 +96,10 @@ def test_a_worker_whose_device_is_lost_after_a_failed_decode_ends(
 
 
 def test_a_fetch_stage_that_breaks_leaves_the_device_the_time_to_finish(
-    client: DecodeClient, settings: Settings
+    client: DecodeClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store was set up after this worker started: it ends; what it decodes meanwhile is neither lost nor marked."""
+    monkeypatch.setattr(job_store, "ALONG_BYTES", 0)  # latents in a store do not come along
     with ThreadWorker(settings) as running:
         running.gate.close()
         decoding = submit(client)
