@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import write_result
+from worker import lowmem_decode
 from worker.bench_vaes import ARCHITECTURES, latents_of
 from worker.decode_meter import decoder_of
 from worker.decode_planner import DecodeMode
@@ -67,8 +68,8 @@ class LiveBytes(TorchDispatchMode):
         self._now -= size
 
 
-def counted(name: str, *, side: int, dtype: torch.dtype, mode: DecodeMode) -> int:
-    """The most bytes that live at once in one decode."""
+def counted(name: str, *, side: int, dtype: torch.dtype, mode: DecodeMode) -> tuple[int, int]:
+    """The most bytes that live at once in one decode, and those of its largest activation."""
     made = ARCHITECTURES[name]
     with torch.device("meta"):
         vae = getattr(diffusers, made.kind)(**made.config).eval()
@@ -78,16 +79,15 @@ def counted(name: str, *, side: int, dtype: torch.dtype, mode: DecodeMode) -> in
         latents = latents_of(vae, name, side=side).to(dtype)
         with LiveBytes() as live:
             decoder_of(vae, mode)(latents)
-    return int(live.peak)
+    return int(live.peak), lowmem_decode.largest_bytes(vae, latents.shape, dtype)
 
 
 def main(cases: Sequence[tuple[str, int, torch.dtype, float]] = CASES) -> list[dict[str, Any]]:
     """Counts everything and stores the figures."""
     rows: list[dict[str, Any]] = []
     for name, side, dtype, bar_gb in cases:
-        largest = 256 * side * side * dtype.itemsize  # the result of the last upsample
         for mode in _MODES:
-            peak = counted(name, side=side, dtype=dtype, mode=mode)
+            peak, largest = counted(name, side=side, dtype=dtype, mode=mode)
             row = {
                 "vae": name,
                 "side": side,

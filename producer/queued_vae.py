@@ -73,7 +73,7 @@ def QueuedVAE(
     if entry.is_hdr:
         raise InvalidOption(
             f"jobs of VAE {name} end in linear light, which the pipeline makes itself of what its VAE returns: "
-            "name the entry of the same VAE without (ltx2)",
+            "name an entry of the same VAE whose jobs end with what it returns, as ltx2",
             field="vae",
         )
     base = getattr(diffusers, entry.vae_class)

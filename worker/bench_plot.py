@@ -39,7 +39,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     for number, row in enumerate(good, start=1):
         top = _MARGIN_PX + number * _ROW_PX
         same = [other for other in good if all(other[key] == row[key] for key in ("vae", "side", "frames", "dtype"))]
-        size = f"{row['side']}" if row["frames"] == 1 else f"{row['side']}×{row['frames']}"
+        size = f"{row['side']}" if row["frames"] == 1 else f"{row['side']}x{row['frames']}"
         pen.text((_MARGIN_PX, top), f"{row['vae']} {size} {row['dtype']} {row['mode']}", fill="black", font=font)
         texts = (f"{row['seconds']:.3f}", f"{row['peak_bytes'] / 2**20:.0f}")
         for left, key, text in zip(columns, ("seconds", "peak_bytes"), texts, strict=True):

@@ -12,9 +12,11 @@ local foreign_exc, foreign_ttl_ms, along_bytes = ARGV[10], tonumber(ARGV[11]), t
 local memo = P .. 'claim:' .. worker
 local now = now_ms()
 
--- '': they are large, lie outside, or are not there; whoever reads them finds out.
+-- '': they are large, lie outside, or are not there; whoever reads them finds out. Nothing may raise here: the jobs are
+-- claimed already, and nobody would hear of them.
 local function latents_of(rec)
-  if tonumber(rec.latents_bytes) > along_bytes or outside(rec.blob) then return '' end
+  local size = tonumber(rec.latents_bytes)
+  if not size or size > along_bytes or not rec.blob or outside(rec.blob) then return '' end
   local bytes = redis.pcall('GET', P .. 'blob:' .. rec.blob)
   return type(bytes) == 'string' and bytes or ''
 end

@@ -74,6 +74,15 @@ def test_a_job_that_cannot_be_read_does_not_close_its_queue(queue: Queue, key: C
     assert queue.worker().claim_one().job_id == broken
 
 
+@pytest.mark.parametrize("field", ["latents_bytes", "blob"])
+def test_a_record_that_lacks_a_field_is_claimed_without_its_latents(queue: Queue, field: str) -> None:
+    """A claim that raised then would have claimed jobs that nobody hears of."""
+    broken, fine = queue.submit_many(2)
+    queue.admin.hdel(keys.job(broken), field)
+    claims = queue.worker().claim(mode=Mode.FAST, max_jobs=8, max_px=PX * 8)
+    assert [(claim.job_id, claim.latents) for claim in claims] == [(broken, None), (fine, b"latents")]
+
+
 def test_a_job_that_cannot_be_read_does_not_keep_others_from_being_renewed(queue: Queue) -> None:
     broken, fine = queue.submit_many(2)
     worker = queue.worker()
