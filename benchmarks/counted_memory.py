@@ -75,7 +75,7 @@ def counted(name: str, *, side: int, dtype: torch.dtype, mode: DecodeMode) -> tu
     made = ARCHITECTURES[name]
     with torch.device("meta"):
         vae = getattr(diffusers, made.kind)(**made.config).eval()
-    del vae.encoder
+    vae.encoder = torch.nn.Identity()
     vae = vae.to_empty(device="cpu").to(dtype)  # real weights, which are not counted; the decoder takes no others
     # Looking whether there is room takes room at once, and is no part of the decode.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), mock.patch.object(decoder, "probe"):

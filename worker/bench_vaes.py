@@ -64,11 +64,11 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
 
 
 def random_vae(name: str, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """A VAE of this architecture with random weights, without its encoder."""
+    """A VAE of this architecture with random weights; in place of its encoder stands nothing of size."""
     torch.manual_seed(0)
     made = ARCHITECTURES[name]
     vae = getattr(diffusers, made.kind)(**made.config).eval()
-    del vae.encoder
+    vae.encoder = torch.nn.Identity()  # not deleted: some look through it for caches to clear
     return vae.to(device=device, dtype=dtype)
 
 

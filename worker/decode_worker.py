@@ -138,7 +138,7 @@ class DecodeWorker:
         )
         self._device = DeviceStage(
             self._fetch.ready,
-            on_taken=self._fetch.taken,
+            next_claim=self._fetch.next_claim,
             decoder=BatchDecoder(
                 hand_on=self._finish.accept,
                 on_progress=lambda work, done, total: self._leases.progress(work.claim, done=done, total=total),

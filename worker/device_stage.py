@@ -19,6 +19,7 @@ from worker.decode_ways import DecodeWays, pixels_at_once
 from worker.fetch_stage import Batch
 from worker.leases import LeaseKeeper
 from worker.memory_ladder import How, MemoryModel, Meter, Rung, make_room, synchronize
+from worker.next_claim import NextClaim
 from worker.preview import Previewer
 from worker.stages import Abandoned, Failure, Stopwatch, StreamClosed, Timer, Work, failure_of
 from worker.vae_pool import LoadedVae
@@ -33,7 +34,7 @@ class DeviceStage:
         self,
         ready: queue.Queue[Batch | None],
         *,
-        on_taken: Callable[[], None],
+        next_claim: NextClaim,
         decoder: BatchDecoder,
         reporter: AttemptReporter,
         leases: LeaseKeeper,
@@ -44,7 +45,7 @@ class DeviceStage:
     ) -> None:
         """Args:
         ready: batches from the fetch stage; None ends the thread.
-        on_taken: told when a batch is taken, so that the next one is fetched.
+        next_claim: told when a batch is taken and when the device is free, so that the next one is fetched in time.
         decoder: runs one decode.
         reporter: where failed attempts are told.
         leases: told which jobs are on the device.
@@ -54,7 +55,7 @@ class DeviceStage:
         costs: what decodes took here, for the planner; None: nothing is known.
         """
         self._ready = ready
-        self._on_taken = on_taken
+        self._next_claim = next_claim
         self._decoder = decoder
         self._reporter = reporter
         self._leases = leases
@@ -73,12 +74,13 @@ class DeviceStage:
     def run(self) -> None:
         """Decodes until the fetch stage ends."""
         while True:
+            self._next_claim.device_is_free()
             with Timer() as waited:
                 batch = self._ready.get()
             if batch is None:
                 return
-            self._on_taken()
             vae, works = batch
+            self._next_claim.taken(expected_s=self._expected_s(vae, works))
             if self._released:
                 self._reporter.release([work.claim for work in works])
                 continue
@@ -87,6 +89,13 @@ class DeviceStage:
                 self._bring_through(vae, works)
             inside_s = self._waited_s - waited.s
             self._stopwatch.add(busy_s=taken.s - inside_s, idle_s=self._waited_s, jobs=len(works))
+
+    def _expected_s(self, vae: LoadedVae, works: Sequence[Work]) -> float:
+        """How long the device will need for a batch; 0 where that cannot be foreseen."""
+        if self._released:
+            return 0.0
+        pixels = sum(work.request.pixels for work in works)
+        return self._pace.expected_s(vae.entry.name, works[0].request.kind, pixels=pixels)
 
     def hand_back(self) -> None:
         """From now on ready batches go back to the queue instead of being decoded."""

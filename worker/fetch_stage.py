@@ -26,6 +26,7 @@ from worker.attempts import AttemptReporter
 from worker.latent_io import read_latents
 from worker.leases import LeaseKeeper
 from worker.memory_ladder import make_room, synchronize
+from worker.next_claim import NextClaim
 from worker.settings import WorkerSettings
 from worker.stages import Abandoned, Patience, Timer, Work, failure_of
 from worker.vae_pool import LoadedVae, VaePool
@@ -69,7 +70,8 @@ class FetchStage:
         #: VAEs that could not be loaded: until when (`time.monotonic()`) they rest, and for how long this time.
         self._resting: dict[str, tuple[float, float]] = {}
         self._stopping = threading.Event()
-        self._paused_claims = threading.Semaphore(1)
+        #: When the next batch is claimed; for the device's stage.
+        self.next_claim = NextClaim(may_load=lambda: not set(self.served()) <= set(self._pool.loaded()))
         #: Batches ready for the device: at most one waits, and the end behind it. Room for both, so that this thread
         #: ends even where the device's thread broke and takes neither.
         self.ready: queue.Queue[Batch | None] = queue.Queue(maxsize=2)
@@ -89,15 +91,11 @@ class FetchStage:
         """Claims nothing more. Safe from a signal handler."""
         self._stopping.set()
 
-    def taken(self) -> None:
-        """The device took the ready batch: the next one may be claimed."""
-        self._paused_claims.release()
-
     def run(self) -> None:
         """Claims and prepares until stopped, then says so with a None."""
         try:
             while not self._stopping.is_set():
-                if not self._paused_claims.acquire(timeout=0.1):
+                if not self.next_claim.wait(0.1):
                     continue
                 batch = self._next()
                 if batch is None:
@@ -113,10 +111,12 @@ class FetchStage:
             if claims is None:
                 return None
             try:
-                batch = self._prepare(claims)
+                with Timer() as timer:
+                    batch = self._prepare(claims)
             except Abandoned:
                 return None
             if batch is not None:
+                self.next_claim.prepared(timer.s)
                 return batch
         return None
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.support.last_bits import psnr_db, rounding_db
 from tests.support.pixel_norm_vaes import PIXEL_NORM_FAMILIES, latents_of, pixel_norm_family, timestep_of
 from worker import lowmem_decode
-from worker.lowmem_decode.pixel_norm import clip_decode, memory
+from worker.lowmem_decode.pixel_norm import clip_decode, kernels, memory
 
 #: What issue and docs promise in float32.
 TOLERANCE = 1e-4
@@ -64,6 +64,15 @@ def assert_equal_to_diffusers(name: str, frames: int, height: int, width: int, *
 
 @pytest.mark.parametrize("name", PIXEL_NORM_FAMILIES)
 def test_every_family_decodes_pictures_and_clips_as_diffusers_does(name: str) -> None:
+    assert_equal_to_diffusers(name, 1, 4, 3)
+    assert_equal_to_diffusers(name, 3, 2, 3, strip_rows=3)
+
+
+@pytest.mark.parametrize("name", PIXEL_NORM_FAMILIES)
+def test_weights_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three output channels at a time, the last part shorter."""
+    monkeypatch.setattr(kernels, "_PART_BYTES", 1)
+    monkeypatch.setattr(kernels, "_PART_CHANNELS", 3)
     assert_equal_to_diffusers(name, 1, 4, 3)
     assert_equal_to_diffusers(name, 3, 2, 3, strip_rows=3)
 

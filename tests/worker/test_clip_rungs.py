@@ -20,6 +20,7 @@ from worker.batch_decode import BatchDecoder
 from worker.device_stage import DeviceStage
 from worker.frame_stream import can_stream, frames_at_once, stream_frames
 from worker.lowmem_decode import LowMemoryVae
+from worker.next_claim import NextClaim
 from worker.memory_ladder import Rung
 from worker.preview import Previewer
 from worker.stages import ChunkStream, Failure, Stopwatch, Work
@@ -109,7 +110,7 @@ def decoded(name: str, latents: torch.Tensor, *, output: Output) -> tuple[Work, 
         "previewer": Previewer(None, None, served=tuple),  # type: ignore[arg-type]
     }
     stage = DeviceStage(
-        queue.Queue(), on_taken=lambda: None, evict_others=lambda name: 0, stopwatch=Stopwatch(), **parts
+        queue.Queue(), next_claim=NextClaim(), evict_others=lambda name: 0, stopwatch=Stopwatch(), **parts
     )
     stage._bring_through(loaded, [work])
     for thread in threads:

@@ -31,3 +31,12 @@ def test_a_decode_larger_than_any_before_may_take_quadratic_time() -> None:
     pace = DecodePace()
     pace.learn("sd", "decode", pixels=PX, seconds=10.0)
     assert pace.silence_s("sd", "decode", pixels=3 * PX) == pytest.approx(20 * 10.0 * 9)
+
+
+def test_what_a_decode_is_expected_to_take_is_the_least_seen() -> None:
+    pace = DecodePace()
+    assert pace.expected_s("sd", "decode", pixels=PX) == 0.0
+    pace.learn("sd", "decode", pixels=PX, seconds=10.0)  # the first call of all
+    pace.learn("sd", "decode", pixels=2 * PX, seconds=4.0)
+    assert pace.expected_s("sd", "decode", pixels=3 * PX) == pytest.approx(6.0)
+    assert pace.expected_s("sd", "encode", pixels=PX) == 0.0

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.processes import ROOT
+from worker.next_claim import NextClaim
 from worker.memory_ladder import How, MemoryModel, Rung, first_guess, items_that_fit, rungs
 
 #: Decodes a batch with the address space capped at what plain decode lacks, and prints how it went.
@@ -67,7 +68,7 @@ def take(work, stream):
 
 threads = []
 decoder = BatchDecoder(hand_on=take, on_progress=lambda *_: None, default_mode="exact")
-stage = DeviceStage(queue.Queue(), on_taken=lambda: None, decoder=decoder, reporter=Reporter(), leases=Leases(),
+stage = DeviceStage(queue.Queue(), next_claim=NextClaim(), decoder=decoder, reporter=Reporter(), leases=Leases(),
                     previewer=Previewer(None, None, served=tuple),
                     evict_others=lambda name: evicted.append(name) or 0, stopwatch=Stopwatch())
 evicted = []

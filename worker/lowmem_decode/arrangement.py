@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from worker.lowmem_decode.attention import query_chunk
@@ -22,8 +22,10 @@ from worker.lowmem_decode.steps import Attention, Program, Resnet, Step, Upsampl
 #: Working memory over the largest activation: what mode 1 and the lean mode may take.
 _BUDGET: Final = 1.6
 _LEAN_BUDGET: Final = 1.0
-#: A strip is this part of the largest activation: several are held at once.
-_STRIPS: Final = 128
+#: A strip is such a part of the largest activation, and several are held at once: the largest ones that fit this part
+#: of the budget and let as much be stored as the smallest, which are the last resort.
+_STRIPS: Final = (32, 64, 128)
+_LARGER_STRIPS_BUDGET: Final = 0.9
 #: Largest strip on a CPU: several fit a last-level cache, and glibc's heap (see `host_memory`).
 _STRIP_CPU_BYTES: Final = 8 << 20
 #: Memory of attention scores, as a part of the largest activation.
@@ -49,6 +51,11 @@ class Place:
     def window_row(self) -> int:
         """Pixels of a row of a convolution's window."""
         return self.row if len(self.inner) == 1 else (self.inner[0] + 2) * (self.inner[1] + 2)
+
+    @property
+    def pictures_row(self) -> int:
+        """Pixels of a row of the pictures that a clip's window becomes, as of one frame's channels; 0 of a picture."""
+        return 0 if len(self.inner) == 1 else 3 * self.inner[0] * (self.inner[1] + 2)
 
     @property
     def pixels(self) -> int:
@@ -117,8 +124,13 @@ def largest_activation(program: Program, *, height: int, inner: tuple[int, ...])
     return largest
 
 
+def budget_bytes(largest: int, *, lean: bool) -> int:
+    """What a decode may hold whose largest activation has so many bytes."""
+    return int(largest * (_LEAN_BUDGET if lean else _BUDGET))
+
+
 def arrange(
-    program: Program, *, height: int, inner: tuple[int, ...], lean: bool, strip_rows: int | None
+    program: Program, *, height: int, inner: tuple[int, ...], budget: int, strip_rows: int | None
 ) -> Arrangement:
     """Chooses what is stored for latents of this size.
 
@@ -126,24 +138,32 @@ def arrange(
         program: the decoder.
         height: rows of the latents.
         inner: a row of the latents, without channels: (w,) or (t, w).
-        lean: whether the smaller budget holds.
+        budget: bytes it may hold at once.
         strip_rows: rows of every strip; None: by size.
     """
-    itemsize = program.dtype.itemsize
-    largest = largest_activation(program, height=height, inner=inner) * itemsize
-    strip_bytes = max(1, largest // _STRIPS)
-    if program.device.type == "cpu":
-        strip_bytes = min(strip_bytes, _STRIP_CPU_BYTES)
-    draft = Arrangement(
-        stores=(),
-        strip_bytes=strip_bytes,
-        strip_rows=strip_rows,
-        score_bytes=max(1, largest // _SCORES),
-        peak_bytes=0,
-        costs=(),
-    )
-    budget = int(largest * (_LEAN_BUDGET if lean else _BUDGET))
+    largest = largest_activation(program, height=height, inner=inner) * program.dtype.itemsize
     where = places(program, height=height, inner=inner)
+    ways = []
+    for strips in _STRIPS:
+        strip_bytes = max(1, largest // strips)
+        if program.device.type == "cpu":
+            strip_bytes = min(strip_bytes, _STRIP_CPU_BYTES)
+        draft = Arrangement(
+            stores=(),
+            strip_bytes=strip_bytes,
+            strip_rows=strip_rows,
+            score_bytes=max(1, largest // _SCORES),
+            peak_bytes=0,
+            costs=(),
+        )
+        ways.append(_stored(program, draft, where, budget=budget))
+    *larger, smallest = ways
+    fitting = [way for way in larger if way.peak_bytes <= budget * _LARGER_STRIPS_BUDGET]
+    return min((*fitting, smallest), key=lambda way: sum(way.costs))
+
+
+def _stored(program: Program, draft: Arrangement, where: list[Place], *, budget: int) -> Arrangement:
+    """The draft, with what is stored chosen step by step."""
     stores: list[bool] = []
     costs: list[float] = []
     peak = 0
@@ -154,14 +174,7 @@ def arrange(
         stores += way.stores
         costs += way.costs
         peak = max(peak, way.bytes)
-    return Arrangement(
-        stores=tuple(stores),
-        strip_bytes=draft.strip_bytes,
-        strip_rows=strip_rows,
-        score_bytes=draft.score_bytes,
-        peak_bytes=peak,
-        costs=tuple(costs),
-    )
+    return replace(draft, stores=tuple(stores), peak_bytes=peak, costs=tuple(costs))
 
 
 def _groups(where: list[Place]) -> Iterator[list[Place]]:
@@ -229,7 +242,7 @@ def _upsample_strips(place: Place, draft: Arrangement, itemsize: int) -> int:
     """Bytes of the strips an upsample holds."""
     row, channels = place.result_row(), place.step.channels
     rows = min(draft.rows(row=row, channels=channels, itemsize=itemsize), place.height * 2) + 2
-    low = (rows // 2 + 3) * place.window_row * place.channels
+    low = ((rows // 2 + 3) * place.window_row + (rows // 2 + 2) * place.pictures_row) * place.channels
     # the strip itself, and the convolution's result before it is spread over it
     return (low + rows * row * channels * 2) * itemsize
 
@@ -249,9 +262,11 @@ def _resnet(
     elif again is not None or step.shortcut is not None:
         held += pixels * out
     rows = draft.rows(row=row, channels=max(place.channels, hidden), itemsize=itemsize)
-    rows = min(rows, place.height) + 3
-    first = rows * (place.window_row * place.channels + 2 * row * hidden)
-    second = rows * (place.window_row * hidden + 2 * row * out)
+    rows = min(rows, place.height)
+    seen = (rows + 3) * place.window_row + (rows + 2) * place.pictures_row
+    rows += 1  # the last strip also brings the row that waited for it
+    first = seen * place.channels + rows * 2 * row * hidden
+    second = seen * hidden + rows * 2 * row * out
     strips = max(first, second) if keep_hidden else first + second
     if again is not None:
         strips += rows * row * place.channels * (1 if keep_hidden else 2)

@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from worker.lowmem_decode.arrangement import Arrangement, arrange, largest_activation, places, result_size
+from worker.lowmem_decode.arrangement import (
+    Arrangement,
+    arrange,
+    budget_bytes,
+    largest_activation,
+    places,
+    result_size,
+)
 from worker.lowmem_decode.steps import Program, Resnet
 from worker.time_groups import group_spans, tile_spans
 
@@ -67,21 +74,33 @@ def plan_decode(
         strip_rows: likewise.
         streaming: whether frames are to come as early as can be.
     """
+    budget = budget_bytes(largest_of_plain(module, program, shape) * program.dtype.itemsize, lean=lean)
     plans = []
     for spans in _ways(module, program, shape, streaming=streaming):
         cached = len(spans) > 1 and program.parts.over_time in ("groups", "causal")
+        cache_bytes = _cache_bytes(program, shape) if cached else 0
         plans.append(
             DecodePlan(
                 spans=spans,
                 arrangements={
-                    inner: arrange(program, height=shape[-2], inner=inner, lean=lean, strip_rows=strip_rows)
+                    inner: arrange(
+                        program,
+                        height=shape[-2],
+                        inner=inner,
+                        # where what is remembered leaves nothing, a piece may still hold as much of its own size
+                        budget=max(budget - cache_bytes, budget_bytes(_largest(program, shape, inner), lean=lean)),
+                        strip_rows=strip_rows,
+                    )
                     for inner in _inners(spans, shape)
                 },
                 cached=cached,
-                cache_bytes=_cache_bytes(program, shape) if cached else 0,
+                cache_bytes=cache_bytes,
             )
         )
-    return min(plans, key=lambda plan: plan.peak_bytes)
+    fitting = [plan for plan in plans if plan.peak_bytes <= budget]
+    if not fitting:
+        return min(plans, key=lambda plan: plan.peak_bytes)
+    return min(fitting, key=lambda plan: plan.cost(_inners(plan.spans, shape)))
 
 
 def _ways(module: Any, program: Program, shape: Sequence[int], *, streaming: bool) -> list[tuple[Span, ...]]:
@@ -122,6 +141,11 @@ def largest_of_plain(module: Any, program: Program, shape: Sequence[int]) -> int
     """Elements of the largest activation of an item, as the VAE's own decode makes it."""
     spans = _ways(module, program, shape, streaming=False)[0]
     return max(largest_activation(program, height=shape[-2], inner=inner) for inner in _inners(spans, shape))
+
+
+def _largest(program: Program, shape: Sequence[int], inner: tuple[int, ...]) -> int:
+    """Bytes of the largest activation of one piece."""
+    return largest_activation(program, height=shape[-2], inner=inner) * program.dtype.itemsize
 
 
 def frames_made(module: Any, program: Program, shape: Sequence[int]) -> int:

@@ -3,15 +3,23 @@
 A window is (frames, rows, W, C): the rows of a strip with one more above and below, and the frames with those that the
 convolution sees beside them. A convolution over three frames is run as one over pictures whose channels are those of
 the three, one after the other: the sums are the same, and kernels for pictures are faster on most devices.
-Weights are brought into the form a kernel takes at each call: kept in that form, they would be there twice.
+Weights are brought into the form a kernel takes at each call: kept in that form, they would be there twice. Large ones
+are brought there in parts, some output channels each: the widest convolutions of LTX-Video and HunyuanVideo 1.5 have
+weights of 226 MiB and more in float32, several times what a small decode holds besides.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 import torch.nn.functional as F
+
+
+#: Weights that are brought into another form at once.
+_PART_BYTES: Final = 16 << 20
+#: Output channels of a part are a multiple of this, which kernels take well.
+_PART_CHANNELS: Final = 32
 
 
 class Kernel(Protocol):
@@ -23,6 +31,8 @@ class Kernel(Protocol):
     factor: int
     in_channels: int
     out_channels: int
+    #: Most bytes of weights in another form at once.
+    part_bytes: int
 
     def __call__(self, window: torch.Tensor, *, columns_padded: bool) -> torch.Tensor:
         """(f + frames_beside, h + 2, W, C) to (f, h · factor, W · factor, out_channels).
@@ -44,17 +54,29 @@ class Conv3x3x3:
         self.conv = conv
         self.in_channels = int(conv.in_channels)
         self.out_channels = int(conv.out_channels)
+        self.part_bytes = _channels_of_part(conv.weight) * _bytes_of_channel(conv.weight)
 
     def __call__(self, window: torch.Tensor, *, columns_padded: bool) -> torch.Tensor:
-        weight = self.conv.weight
+        weight, bias = self.conv.weight, self.conv.bias
         if len(window) == 1:  # zeros times the other weights are zeros
-            pictures, taps = window, weight[:, :, 2]
+            pictures, weight = window, weight[:, :, 2:]
         else:
             frames = len(window) - 2
             pictures = torch.cat([window[:frames], window[1 : frames + 1], window[2:]], dim=-1)
-            # O, C, frames, rows, columns → O, frames · C, rows, columns
-            taps = weight.transpose(1, 2).flatten(1, 2)
-        return _convolved(pictures, taps, self.conv.bias, columns=0 if columns_padded else 1)
+        step, columns = _channels_of_part(weight), 0 if columns_padded else 1
+        if step == self.out_channels:
+            return _convolved(pictures, _as_pictures(weight), bias, columns=columns)
+        out: torch.Tensor | None = None
+        for start in range(0, self.out_channels, step):
+            part = slice(start, start + step)
+            made = _convolved(
+                pictures, _as_pictures(weight[part]), None if bias is None else bias[part], columns=columns
+            )
+            if out is None:
+                out = made.new_empty(*made.shape[:3], self.out_channels)
+            out[..., part] = made
+        assert out is not None
+        return out
 
 
 class NearestConv3x3:
@@ -74,6 +96,7 @@ class NearestConv3x3:
         self.conv = conv
         self.in_channels = int(conv.in_channels)
         self.out_channels = int(conv.out_channels)
+        self.part_bytes = conv.weight.numel() * conv.weight.element_size()
 
     def __call__(self, window: torch.Tensor, *, columns_padded: bool) -> torch.Tensor:
         assert not columns_padded
@@ -107,6 +130,24 @@ def frames_conv(conv: Any, window: torch.Tensor) -> torch.Tensor:
 def pointwise(conv: Any, strip: torch.Tensor) -> torch.Tensor:
     """A convolution of one pixel."""
     return F.linear(strip, conv.weight.flatten(1), conv.bias)
+
+
+def _bytes_of_channel(weight: torch.Tensor) -> int:
+    """Bytes of the weights of one output channel."""
+    return weight[0].numel() * weight.element_size()
+
+
+def _channels_of_part(weight: torch.Tensor) -> int:
+    """Output channels whose weights are brought into another form at once."""
+    fitting = _PART_BYTES // _bytes_of_channel(weight) // _PART_CHANNELS * _PART_CHANNELS
+    return min(len(weight), max(_PART_CHANNELS, fitting))
+
+
+def _as_pictures(weight: torch.Tensor) -> torch.Tensor:
+    """(O, C, frames, rows, columns) to (O, frames · C, rows, columns), channels_last: in one copy."""
+    channels, _, frames, rows, columns = weight.shape
+    laid = weight.permute(0, 3, 4, 2, 1).reshape(channels, rows, columns, -1)
+    return laid.permute(0, 3, 1, 2)
 
 
 def _convolved(

@@ -16,6 +16,8 @@ _STRIPS: Final = 24
 _STRIP_CPU_BYTES: Final = 16 << 20
 #: Strips held at once: what goes into a convolution and what comes out, and what waits at each change of resolution.
 _STRIPS_HELD: Final = 7
+#: Forms of a convolution's weights at once besides their own: ours, and what the library behind it makes of that.
+_FORMS: Final = 2
 #: Memory of attention scores, as a part of the largest activation.
 _SCORES: Final = 8
 
@@ -60,6 +62,8 @@ class _Walk:
     pasts: int = 0
     #: Bytes of the widest row a strip has, at the least.
     widest_row: int = 0
+    #: Most bytes of weights in another form at once.
+    part_bytes: int = 0
     #: Rows by which the result is behind what went in, each convolution's own.
     _lag: int = 0
 
@@ -81,6 +85,7 @@ class _Walk:
 
     def _conv(self, step: Conv) -> None:
         kernel = step.kernel
+        self.part_bytes = max(self.part_bytes, kernel.part_bytes)
         frames = self.frames + kernel.frames_beside
         self.rows += 2 * frames * self.width * self.channels
         if kernel.frames_beside:
@@ -181,6 +186,10 @@ def _with_groups_of(program: Program, shape: Sequence[int], count: int, strip_ro
         strip_bytes=strip_bytes,
         strip_rows=strip_rows,
         score_bytes=score_bytes,
-        held_bytes=held * itemsize + max(strip_bytes, walk.widest_row * itemsize) * _STRIPS_HELD,
+        held_bytes=(
+            held * itemsize
+            + max(strip_bytes, walk.widest_row * itemsize) * _STRIPS_HELD
+            + walk.part_bytes * _FORMS
+        ),
         group_bytes=pixels * patches.channels(walk.channels) * itemsize,
     )
