@@ -1,8 +1,8 @@
-"""Time and memory of every way to decode, for every family that decodes in low memory: `python -m benchmarks.decode_modes`.
+"""Time and memory of the ways to decode: `python -m benchmarks.decode_modes`. Every family that decodes in low memory.
 
 Each figure is of a process of its own, as `latentq bench` measures it. Modes of a case take turns, the fastest of its
 rounds counts, and figures are stored one case at a time. docs/decode-speed.md is written from them
-(`python -m tools.decode_speed_page`). On a CPU sizes are such that a decode takes a minute at most or so.
+(`python -m tools.decode_speed_page`). On a CPU sizes are such that a decode takes some minutes at most.
 """
 
 from __future__ import annotations

@@ -119,14 +119,17 @@ class BatchDecoder:
         on_progress: Callable[[Work, int, int], None],
         default_mode: str,
         fast: FastVaes | None = None,
+        on_waiting: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         """Args:
         hand_on: takes a job over before its first chunk; waits while encoders are behind.
         on_progress: told of (job, frames done, frames in all) after each chunk.
         default_mode: of jobs that name none.
         fast: the fast ways of VAEs, for rungs that are such.
+        on_waiting: told how many seconds the device waited for encoders that have not begun with its job.
         """
         self._hand_on = hand_on
+        self._on_waiting = on_waiting
         self._on_progress = on_progress
         self.default_mode = default_mode
         self.fast = fast or FastVaes()
@@ -210,7 +213,7 @@ class BatchDecoder:
             start += work.request.batch
 
     def _give(self, work: Work, chunks: Sequence[HostChunk]) -> None:
-        stream = ChunkStream()
+        stream = ChunkStream(on_waiting=self._on_waiting)
         with self._waiting():
             self._hand_on(work, stream)
             for chunk in chunks:
@@ -225,7 +228,7 @@ class BatchDecoder:
 
     def _stream(self, work: Work, chunks: Iterator[torch.Tensor], plan: Plan) -> None:
         """One job; its frames go to the encoder while later ones are still being decoded."""
-        stream = ChunkStream()
+        stream = ChunkStream(on_waiting=self._on_waiting)
         done, total, spent_s = 0, plan.batch * plan.num_frames, 0.0
         try:
             while True:

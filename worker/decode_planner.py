@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
 
@@ -97,7 +97,7 @@ class CostModel:
     """Seconds and bytes of calls of one VAE in one dtype on one device, by mode."""
 
     seconds: Mapping[DecodeMode, Line]
-    #: Above the weights.
+    #: Above the weights. Empty for a VAE of clips: what those take is no line (`for_item`).
     bytes: Mapping[DecodeMode, Line]
 
     @classmethod
@@ -118,6 +118,15 @@ class CostModel:
                 if counted and mode not in known:
                     known[mode] = Line.fit(counted)
         return cls(seconds=seconds, bytes=known)
+
+    def for_item(self, item_bytes: Mapping[DecodeMode, int], *, pixels: int) -> CostModel:
+        """The same times, with memory as it is for items of one size.
+
+        Args:
+            item_bytes: what one item takes.
+            pixels: of one item, over all its frames.
+        """
+        return replace(self, bytes={mode: Line(constant=0.0, slope=size / pixels) for mode, size in item_bytes.items()})
 
     def budget_px(self, mode: DecodeMode = DecodeMode.PLAIN, *, overhead_s: float = 0.0) -> int:
         """Decoded pixels past which a larger call is hardly faster for each of them.

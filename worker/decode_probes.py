@@ -5,22 +5,31 @@ DESIGN. `CostModels.get` may be called from any thread; one fit runs at a time, 
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from broker_config.errors import OutOfMemory
+from broker_config.latent_geometry import FrameRule
 from worker import lowmem_decode
-from worker.decode_meter import decoder_of, measure
+from worker.decode_memory import takes_clips
+from worker.decode_meter import Measured, decoder_of, measure
 from worker.decode_planner import FAST_MODES, CostModel, DecodeMode, Line, Probe
 from worker.fast_path import FastVae
-from worker.memory_ladder import first_guess
+from worker.memory_ladder import first_guess, make_room
+from worker.stages import classify
+from worker.vae_pool import LoadedVae
 
-#: Latent sizes probed, (batch, side): small ones tell the constant, large ones the slope.
+#: Latent sizes probed, (batch, side), of a VAE of clips (frames, side): small ones tell the constant, large ones the
+#: slope.
 _SIZES: Final = ((1, 8), (4, 8), (1, 16), (1, 32), (1, 64))
+_CLIP_SIZES: Final = ((1, 8), (3, 8), (1, 16), (3, 16), (3, 32))
 #: No larger probe after one that took so long: warm-up is to take seconds.
 _LONG_S: Final = 1.0
 #: Latent side at which memory is estimated by arithmetic for the line's second point; the first is half of it.
@@ -31,7 +40,6 @@ def probes(
     module: Any,
     *,
     channels: int,
-    spatial: int,
     device: torch.device,
     dtype: torch.dtype,
     fast: FastVae | None = None,
@@ -39,9 +47,8 @@ def probes(
     """Decodes random latents and says what each call took.
 
     Args:
-        module: an image VAE.
+        module: the VAE.
         channels: latent channels.
-        spatial: pixels per latent pixel.
         device: where it is.
         dtype: of its weights.
         fast: its fast ways, where it has any.
@@ -53,19 +60,66 @@ def probes(
             modes.append(DecodeMode.COMPILED)
     if lowmem_decode.supports(module) is None:
         modes += [DecodeMode.LOW_MEMORY, DecodeMode.LEAN]
+    clips = takes_clips(module)
     for mode in modes:
-        decode = decoder_of(module, mode, fast=fast)
-        sizes = [size for size in _SIZES if mode is not DecodeMode.COMPILED or _compiles(fast, *size)]
-        measure(decode, torch.zeros(1, channels, 8, 8, device=device, dtype=dtype))  # warm
-        for batch, side in sizes:
-            latents = torch.randn(batch, channels, side, side, device=device).to(dtype)
-            took = measure(decode, latents)
-            pixels = batch * (side * spatial) ** 2
+        decode = _Counted(decoder_of(module, mode, fast=fast))
+        sizes = _CLIP_SIZES if clips else _SIZES
+        measure(decode, torch.zeros(_shape(channels, (1, 8), clips=clips), device=device, dtype=dtype))  # warm
+        for size in sizes:
+            if mode is DecodeMode.COMPILED and not _compiles(fast, *size):
+                continue
+            took = _measured(decode, _shape(channels, size, clips=clips), device=device, dtype=dtype)
+            if took is None:
+                break
             # beside other threads the resident set of a CPU process is not the decode's
             peak = took.peak_bytes if device.type == "cuda" else 0
-            yield Probe(mode=mode, pixels=pixels, seconds=took.seconds, peak_bytes=peak)
+            yield Probe(mode=mode, pixels=decode.pixels, seconds=took.seconds, peak_bytes=peak)
             if took.seconds > _LONG_S:
                 break
+
+
+def _measured(
+    decode: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype
+) -> Measured | None:
+    """A decode of random latents; None if there is no memory for it."""
+    try:
+        return measure(decode, torch.randn(shape, device=device).to(dtype))
+    except Exception as error:
+        if not isinstance(classify(error), OutOfMemory):
+            raise
+    make_room(device, evict=lambda: 0)  # out here: the error held what the decode had
+    return None
+
+
+def why_unmeasured(vae: LoadedVae) -> str | None:
+    """Why a VAE does not decode random latents of any size, told nothing else; None if it does."""
+    module, entry = vae.module, vae.entry
+    if module.config.get("timestep_conditioning"):
+        return "it is conditioned on a timestep"
+    if "num_frames" in inspect.signature(module.decode).parameters:
+        return "it decodes frames together that it has to be told the number of"
+    if entry.frames is FrameRule.CLIPS or entry.tiled:
+        return "it does not decode latents of a few frames, rows and columns"
+    return "it decodes from noise" if entry.draws_noise else None
+
+
+class _Counted:
+    """A decode that counts the pixels it made."""
+
+    def __init__(self, decode: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._decode = decode
+        #: Of the last call, over all pictures and frames.
+        self.pixels = 0
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        made = self._decode(latents)
+        self.pixels = made.numel() // made.shape[1]
+        return made
+
+
+def _shape(channels: int, size: tuple[int, int], *, clips: bool) -> tuple[int, ...]:
+    count, side = size
+    return (1, channels, count, side, side) if clips else (count, channels, side, side)
 
 
 def _compiles(fast: FastVae | None, batch: int, side: int) -> bool:
@@ -81,12 +135,17 @@ def bytes_by_arithmetic(
     dtype: torch.dtype,
     fast: FastVae | None = None,
 ) -> dict[DecodeMode, Line]:
-    """Memory where it is known without a measurement: the low-memory modes, and on a CPU a guess for plain."""
+    """Memory where it is known without a measurement: the low-memory modes, and on a CPU a guess for plain.
+
+    Empty for a VAE of clips, whose memory is no line (`decode_memory`).
+    """
     known: dict[DecodeMode, Line] = {}
+    if takes_clips(module):
+        return known
     if device.type != "cuda":
-        known[DecodeMode.PLAIN] = Line(constant=0.0, slope=first_guess(module.config, device=device, dtype=dtype))
+        known[DecodeMode.PLAIN] = Line(constant=0.0, slope=first_guess(module, device=device, dtype=dtype))
         if fast is not None:  # fused norms hold one activation less; a guess may be high
-            line = Line(constant=0.0, slope=first_guess(module.config, device=device, dtype=fast.dtype))
+            line = Line(constant=0.0, slope=first_guess(module, device=device, dtype=fast.dtype))
             known |= dict.fromkeys(FAST_MODES, line)
     if lowmem_decode.supports(module) is None:
         for mode, lean in ((DecodeMode.LOW_MEMORY, False), (DecodeMode.LEAN, True)):
@@ -110,10 +169,11 @@ def fit(
     fast: FastVae | None = None,
 ) -> CostModel:
     """A cost model from probes run now."""
-    given: dict[str, Any] = {"channels": channels, "spatial": spatial, "device": device, "dtype": dtype, "fast": fast}
+    given: dict[str, Any] = {"channels": channels, "device": device, "dtype": dtype, "fast": fast}
     found = list(probes(module, **given))
-    known = bytes_by_arithmetic(module, **given)
-    return CostModel.fit(found, bytes_known=known)
+    if takes_clips(module):
+        found = [replace(probe, peak_bytes=0) for probe in found]
+    return CostModel.fit(found, bytes_known=bytes_by_arithmetic(module, spatial=spatial, **given))
 
 
 class CostModels:

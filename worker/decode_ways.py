@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Final
-from weakref import WeakKeyDictionary
+from typing import Final
 
 import torch
 
 from broker_config.messages import DecodeRequest, Kind, Mode
-from worker import lowmem_decode
+from worker.decode_memory import DecodeMemory, decoded_size
 from worker.decode_planner import DecodeMode, DecodePlan, plan
 from worker.decode_probes import CostModels
 from worker.fast_path import FastOptions, FastVae, FastVaes
@@ -61,8 +60,7 @@ class DecodeWays:
         self._fast = fast
         self._memory = memory
         self._default_mode = default_mode
-        #: Modules whose structure was looked at, which takes as long as a small decode.
-        self._low_memory: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+        self._sizes = DecodeMemory()
         #: Free memory of devices, and when (`time.monotonic()`) it was asked for.
         self._free: dict[torch.device, tuple[int, float]] = {}
 
@@ -74,13 +72,15 @@ class DecodeWays:
         planned = self._planned(vae, request, items=request.batch) if decodes else None
         if planned is None:
             first, best = self._estimated(vae, request), self._unmeasured(vae, request)
+            if first == 0 and decodes:
+                best = self._least(vae, request)
         else:
             first, best = planned.items_per_call if planned.fits else 0, Rung(str(planned.mode))
         return list(
             rungs(
                 items=request.batch,
                 first=first,
-                low_memory=decodes and self._has_low_memory(vae),
+                low_memory=decodes and self._sizes.has_low_memory(vae.module),
                 tiling_allowed=request.allow_tiling and can_tile(vae.module),
                 best=best,
             )
@@ -100,6 +100,8 @@ class DecodeWays:
         model = self._costs.known(vae.entry.name, device=vae.device, dtype=vae.dtype)
         if model is None:
             return None
+        if not model.bytes:
+            model = model.for_item(self._item_bytes(vae, request), pixels=request.pixels // request.batch)
         return plan(
             model,
             items=items,
@@ -116,7 +118,7 @@ class DecodeWays:
         spatial = vae.entry.spatial
         if fast is None or request.is_video or not fast.compiles(request.height // spatial, request.width // spatial):
             barred.append(DecodeMode.COMPILED)
-        if not self._has_low_memory(vae):
+        if not self._sizes.has_low_memory(vae.module):
             barred += [DecodeMode.LOW_MEMORY, DecodeMode.LEAN]
         return barred
 
@@ -125,10 +127,26 @@ class DecodeWays:
         wanted = self._is_fast(request) and request.kind is Kind.DECODE and vae.device.type == "cuda"
         return Rung.FAST if wanted and self._ways_of(vae) is not None else Rung.PLAIN
 
+    def _least(self, vae: LoadedVae, request: DecodeRequest) -> Rung:
+        """The rung to begin with where not one item fits in plain decode: the lean one if even the other does not."""
+        height, width, frames = decoded_size(vae, request)
+        found = self._sizes.in_low_memory(vae, height=height, width=width, num_frames=frames)
+        free = self._free_bytes(vae.device)
+        too_much = bool(found) and found[DecodeMode.LOW_MEMORY] > free > found[DecodeMode.LEAN]
+        return Rung.LEAN if too_much else Rung.PLAIN
+
+    def _item_bytes(self, vae: LoadedVae, request: DecodeRequest) -> dict[DecodeMode, int]:
+        height, width, frames = decoded_size(vae, request)
+        bytes_per_px = self._bytes_per_px(vae)
+        return self._sizes.of_item(vae, height=height, width=width, num_frames=frames, bytes_per_px=bytes_per_px)
+
+    def _bytes_per_px(self, vae: LoadedVae) -> float:
+        guess = first_guess(vae.module, device=vae.device, dtype=vae.dtype)
+        return self._memory.bytes_per_px(vae.entry.name, dtype=vae.dtype, guess=guess)
+
     def _estimated(self, vae: LoadedVae, request: DecodeRequest) -> int:
-        guess = first_guess(vae.module.config, device=vae.device, dtype=vae.dtype)
         return items_that_fit(
-            bytes_per_px=self._memory.bytes_per_px(vae.entry.name, dtype=vae.dtype, guess=guess),
+            bytes_per_px=self._bytes_per_px(vae),
             pixels_per_item=pixels_at_once(vae, request),
             free=self._free_bytes(vae.device),
         )
@@ -140,11 +158,6 @@ class DecodeWays:
             self._free[device] = (free_bytes(device), now)
         return self._free[device][0]
 
-    def _has_low_memory(self, vae: LoadedVae) -> bool:
-        if vae.module not in self._low_memory:
-            self._low_memory[vae.module] = lowmem_decode.supports(vae.module) is None
-        return self._low_memory[vae.module]
-
     def _ways_of(self, vae: LoadedVae) -> FastVae | None:
         return self._fast.of(vae.module, half_suits=vae.half_suits)
 
@@ -154,4 +167,5 @@ class DecodeWays:
 
 def pixels_at_once(vae: LoadedVae, request: DecodeRequest) -> int:
     """Pixels of one item of a job that are activations at the same time: of a clip, those of some of its frames."""
-    return request.height * request.width * frames_at_once(vae.module, request.num_frames)
+    height, width, frames = decoded_size(vae, request)
+    return height * width * frames_at_once(vae.module, frames)

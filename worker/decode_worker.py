@@ -144,6 +144,8 @@ class DecodeWorker:
                 on_progress=lambda work, done, total: self._leases.progress(work.claim, done=done, total=total),
                 default_mode=str(own.mode),
                 fast=self._fast,
+                # those before it have deadlines of their own
+                on_waiting=lambda seconds: self._leases.grant(seconds, stages=("device",)),
             ),
             reporter=reporter,
             leases=self._leases,

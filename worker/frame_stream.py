@@ -55,6 +55,10 @@ def frames_at_once(vae: Any, frames: int) -> int:
         return min(frames, int(vae.tile_sample_min_num_frames) + 1)  # of a tile, before it is cut
     if type(vae).__name__ == "AutoencoderKLCogVideoX":
         return min(frames, int(vae.num_sample_frames_batch_size) + 1)  # of a group, a left over frame with it
+    if type(vae).__name__ == "AutoencoderKLWan":
+        return min(frames, int(vae.config.scale_factor_temporal))  # of a latent frame
+    if type(vae).__name__ == "AutoencoderKLMagvit":
+        return min(frames, int(vae.num_latent_frames_batch_size * vae.temporal_compression_ratio))  # of a group
     return frames
 
 

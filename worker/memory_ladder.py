@@ -21,7 +21,7 @@ import gc
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -34,6 +34,15 @@ from broker_config import cgroup_memory
 #: CUDA: 2200 elements a pixel (reserved; InvokeAI vae_working_memory.py) ÷ its 256 channels: cuDNN takes workspaces.
 _ACTIVATIONS_CPU: Final = 4.0
 _ACTIVATIONS_CUDA: Final = 8.6
+#: Class → the same, on a CPU and on CUDA, of those that hold more. CPU: benchmarks/results/decode_modes_cpu.json,
+#: rounded up; Wan as for one frame. CUDA: 2900 elements a pixel (InvokeAI vae_working_memory.py) ÷ 192 channels for
+#: Wan and Qwen-Image; for the others, which nobody measured, as much more than on a CPU as those.
+_ACTIVATIONS_OF: Final[Mapping[str, tuple[float, float]]] = {
+    "AutoencoderKLQwenImage": (11.5, 15.1),
+    "AutoencoderKLWan": (11.5, 15.1),
+    "AutoencoderKLHunyuanVideo": (6.0, 7.9),
+    "AutoencoderKLCogVideoX": (7.6, 10.0),
+}
 #: Channels at full resolution when a config does not tell: those of the widest family, AutoencoderKL.
 _CHANNELS_UNKNOWN: Final = 256
 #: Part of the free memory a plan may use: fragmentation and what other threads take meanwhile.
@@ -94,19 +103,23 @@ def rungs(*, items: int, first: int, low_memory: bool, tiling_allowed: bool, bes
         yield How(rung=Rung.TILED, items_per_call=1)
 
 
-def first_guess(config: Any, *, device: torch.device, dtype: torch.dtype) -> float:
-    """Working bytes for each decoded pixel, for a VAE never measured here.
+def first_guess(module: Any, *, device: torch.device, dtype: torch.dtype) -> float:
+    """Working bytes for each decoded pixel that is an activation, for a VAE never measured here.
 
     Args:
-        config: the VAE's config; the last up block of AutoencoderKL takes `block_out_channels[1]` channels at full
-            resolution (autoencoders/vae.py `Decoder.__init__`).
+        module: the VAE. The last up block of AutoencoderKL takes `block_out_channels[1]` channels at full resolution
+            (autoencoders/vae.py `Decoder.__init__`), that of Wan twice its `base_dim` (autoencoder_kl_wan.py
+            `WanDecoder3d`).
         device: where it decodes.
         dtype: of its weights.
     """
+    config = module.config
     widths = list(config.get("block_out_channels") or ())
-    channels = max(widths[:2]) if widths else _CHANNELS_UNKNOWN
-    activations = _ACTIVATIONS_CUDA if device.type == "cuda" else _ACTIVATIONS_CPU
-    return float(activations * channels * dtype.itemsize)
+    base = config.get("decoder_base_dim") or config.get("base_dim")
+    channels = max(widths[:2]) if widths else 2 * base if base else _CHANNELS_UNKNOWN
+    usual = (_ACTIVATIONS_CPU, _ACTIVATIONS_CUDA)
+    on_cpu, on_cuda = _ACTIVATIONS_OF.get(type(module).__name__, usual)
+    return float((on_cuda if device.type == "cuda" else on_cpu) * channels * dtype.itemsize)
 
 
 class MemoryModel:

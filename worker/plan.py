@@ -15,12 +15,13 @@ import torch
 from broker_config.errors import ConfigurationError, LatentqError
 from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeCatalog
+from worker.decode_memory import DecodeMemory
 from worker.decode_planner import CostModel, DecodeMode, DecodePlan, plan
-from worker.decode_probes import fit
+from worker.decode_probes import fit, why_unmeasured
 from worker.decode_ways import fast_options
 from worker.fast_path import FastVae, FastVaes, describe, family_of, keep_compiled_in
 from worker.latent_io import dtype_name
-from worker.memory_ladder import free_bytes
+from worker.memory_ladder import first_guess, free_bytes
 from worker.settings import load_worker_settings
 from worker.vae_pool import LoadedVae, VaePool
 
@@ -29,11 +30,15 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="latentq vaes", description="Shows how a decode would be run here.")
     parser.add_argument("name", help="catalogue entry")
     parser.add_argument("--size", required=True, type=_size, metavar="WIDTHxHEIGHT", help="pixels")
+    parser.add_argument("--frames", type=int, default=1, help="of a clip, for VAEs of clips")
     parser.add_argument("--items", type=int, default=1, help="pictures of the job")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="overrides the catalogue's")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args(argv)
+    found = parser.parse_args(argv)
+    if found.frames < 1 or found.items < 1:
+        parser.error("--frames and --items must be 1 at least")
+    return found
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -49,12 +54,17 @@ def report(
     *,
     size: tuple[int, int],
     items: int,
+    frames: int = 1,
     fast: FastVae | None = None,
     why_not_fast: str | None = None,
 ) -> dict[str, Any]:
     """What is printed: each mode's time and memory for the job, the choice in both modes of a job, and why."""
-    pixels = size[0] * size[1]
+    pixels = size[0] * size[1] * frames
     free = free_bytes(vae.device)
+    if not model.bytes:
+        guess = first_guess(vae.module, device=vae.device, dtype=vae.dtype)
+        sizes = {"width": size[0], "height": size[1], "num_frames": frames}
+        model = model.for_item(DecodeMemory().of_item(vae, bytes_per_px=guess, **sizes), pixels=pixels)
     modes = {
         str(mode): {
             "seconds": model.seconds[mode].at(pixels),
@@ -71,6 +81,7 @@ def report(
     return {
         "vae": vae.entry.name,
         "size": f"{size[0]}x{size[1]}",
+        "frames": frames,
         "items": items,
         "dtype": dtype_name(vae.dtype),
         "device": str(vae.device),
@@ -113,8 +124,9 @@ def _fast_lines(found: dict[str, Any]) -> list[str]:
 
 def as_text(found: dict[str, Any]) -> str:
     """The report for a terminal."""
+    clip = f", {found['frames']} frames" if found["frames"] > 1 else ""
     lines = [
-        f"{found['vae']} at {found['size']} in {found['dtype']} on {found['device']}, "
+        f"{found['vae']} at {found['size']}{clip} in {found['dtype']} on {found['device']}, "
         f"{found['free_bytes'] / 1e9:.1f} GB free",
         "",
         f"{'mode':<12}{'seconds':>10}{'GB':>8}{'fit':>6}",
@@ -153,11 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(sys.argv[1:] if argv is None else argv)
     try:
         catalog = VaeCatalog.load(load_settings().catalog)
-        if catalog[arguments.name].temporal != 1:
-            raise ConfigurationError(f"{arguments.name} is a video VAE: only image VAEs are planned")
+        if arguments.frames > 1 and catalog[arguments.name].temporal == 1:
+            raise ConfigurationError(f"{arguments.name} is a VAE of pictures: --frames is for VAEs of clips")
         own = load_worker_settings(dtype=arguments.dtype)
         pool = VaePool(catalog, device=torch.device(arguments.device), dtype=own.dtype)
         vae = pool.get(arguments.name)
+        reason = why_unmeasured(vae)
+        if reason is not None:
+            raise ConfigurationError(f"{arguments.name} is not measured ({reason}): plain decode begins")
         ways = FastVaes(fast_options(own))
         fast = ways.of(vae.module, half_suits=vae.half_suits)
         model = _measured(vae, ways, fast, size=arguments.size, cache=own.compile_cache)
@@ -169,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model,
         size=arguments.size,
         items=arguments.items,
+        frames=arguments.frames,
         fast=fast,
         why_not_fast=ways.why_not(vae.module),
     )

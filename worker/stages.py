@@ -40,6 +40,8 @@ T = TypeVar("T")
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 #: Chunks of one job that may wait between device and encoder: 16 frames each.
 _STREAM_CHUNKS: Final = 4
+#: How often one end of a stream looks whether the other gave up.
+_STREAM_S: Final = 0.1
 #: What torch's CPU allocator and oneDNN say, as plain RuntimeErrors, when memory is short.
 #: oneDNN says that it could not create a primitive when there is no room for its code.
 _NO_MEMORY: Final = (
@@ -136,9 +138,14 @@ class HostChunk:
 class ChunkStream:
     """What the device made of one job, on its way to the encoder: a bounded queue with an end."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_waiting: Callable[[float], None] = lambda seconds: None) -> None:
+        """Args:
+        on_waiting: told how many seconds went by while nobody had begun to take chunks.
+        """
         self._queue: queue.Queue[HostChunk | None] = queue.Queue(maxsize=_STREAM_CHUNKS)
         self._closed = threading.Event()
+        self._begun = threading.Event()
+        self._on_waiting = on_waiting
 
     def put(self, chunk: HostChunk) -> None:
         """Hands a chunk on; waits while the encoder is behind.
@@ -157,9 +164,10 @@ class ChunkStream:
         self._closed.set()
 
     def __iter__(self) -> Iterator[HostChunk]:
+        self._begun.set()
         while True:
             try:
-                chunk = self._queue.get(timeout=0.1)
+                chunk = self._queue.get(timeout=_STREAM_S)
             except queue.Empty:
                 if self._closed.is_set():
                     raise StreamClosed from None
@@ -171,9 +179,10 @@ class ChunkStream:
     def _put(self, item: HostChunk | None) -> None:
         while not self._closed.is_set():
             try:
-                return self._queue.put(item, timeout=0.1)
+                return self._queue.put(item, timeout=_STREAM_S)
             except queue.Full:
-                continue
+                if not self._begun.is_set():
+                    self._on_waiting(_STREAM_S)
         raise StreamClosed
 
 

@@ -15,7 +15,7 @@ import torch
 
 from broker_config.errors import OutOfMemory, WeightsMismatch, WeightsMissing, WorkerError
 from broker_config.vae_catalog import VaeCatalog
-from worker.decode_probes import CostModels
+from worker.decode_probes import CostModels, why_unmeasured
 from worker.fast_path import FastVae, FastVaes
 from worker.stages import classify
 from worker.vae_pool import LoadedVae, VaePool, find_weights
@@ -88,13 +88,13 @@ class WarmUp:
         return tuple(usable)
 
     def run(self, vae: LoadedVae) -> None:
-        """Decodes zeros once; measures, if that is wanted and the VAE takes pictures."""
+        """Decodes zeros once; measures, if that is wanted and the VAE takes latents alone."""
         try:
             with vae.lock, torch.inference_mode():
                 latents = smallest_latents(vae)
                 _decode(vae.module, latents)
                 fast = self._make_fast(vae)
-                if self._calibrate and latents.ndim == 4 and vae.entry.temporal == 1:
+                if self._calibrate and why_unmeasured(vae) is None:
                     model = self._models.get(
                         vae.entry.name,
                         vae.module,
@@ -104,8 +104,9 @@ class WarmUp:
                         dtype=vae.dtype,
                         fast=fast,
                     )
-                    budget_px = model.budget_px(model.for_batches, overhead_s=_CALL_OVERHEAD_S)
-                    self.budgets_px[vae.entry.name] = budget_px
+                    if latents.ndim == 4:
+                        budget_px = model.budget_px(model.for_batches, overhead_s=_CALL_OVERHEAD_S)
+                        self.budgets_px[vae.entry.name] = budget_px
         except Exception as error:
             logger.warning(
                 "VAE %s was not warmed up: %s",

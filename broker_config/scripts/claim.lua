@@ -83,11 +83,13 @@ local function head_of(queue, vae)
     local status = rq_status(id)
     local runs = rec and rec.state == 'queued' and status == 'queued' and not too_new(rec) and not is_late(rec, now)
     if runs and not better_elsewhere(rec, vae) then return rec end
-    if drops_left == 0 then
-      ring(vae)
-      return nil
+    if not runs then
+      if drops_left == 0 then
+        ring(vae)
+        return nil
+      end
+      drops_left = drops_left - 1
     end
-    drops_left = drops_left - 1
     if runs then
       passed = passed + 1
     elseif not rec and status == 'queued' then

@@ -127,13 +127,15 @@ def vaes(
         str | None,
         typer.Option(metavar="WIDTHxHEIGHT", help="Measure here how its decode would be run at this size."),
     ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of the clip to plan, for VAEs of clips.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """List the VAEs of the catalogue."""
     if plan is not None:
         if name is None:
             raise InvalidOption("--plan needs the name of a VAE: latentq vaes NAME --plan 1024x1024", field="plan")
-        become("worker.plan", [name, "--size", plan, *(["--json"] if as_json else [])])
+        options = ["--size", plan, "--frames", str(frames), *(["--json"] if as_json else [])]
+        become("worker.plan", [name, *options])
     catalog = VaeCatalog.load(load_settings().catalog)
     chosen = [catalog[name]] if name else list(catalog.values())
     if as_json:

@@ -169,3 +169,32 @@ def test_any_number_of_jobs_that_must_not_start_do_not_hide_the_one_that_may(que
     assert ids(claims) == [job]
     assert turns == 3, "a claim ends at most 100 jobs: the broker serves nobody else meanwhile"
     assert {queue.state(item) for item in late} == {JobStatus.FAILED}
+
+
+@pytest.mark.parametrize(("stage", "runs"), [("ready", False), ("device", True)])
+def test_a_job_that_is_handed_back_keeps_its_start_deadline_unless_its_decode_began(
+    queue: Queue, stage: str, runs: bool
+) -> None:
+    job = queue.submit(start_within_s=0.2)
+    worker = queue.worker()
+    claim = worker.claim_one()
+    assert worker.renew(claim, stage=stage) == ["ok"]
+    queue.store().release([claim])
+    queue.wait_ms(210)
+    assert ids(worker.claim()) == ([job] if runs else [])
+    assert queue.state(job) is (JobStatus.PROCESSING if runs else JobStatus.FAILED)
+
+
+def test_a_worker_that_passes_over_many_jobs_waits_for_the_bell(queue: Queue) -> None:
+    """As many as a claim may pass over, in two queues: nothing changes by asking again at once."""
+    jobs = [queue.submit(priority=priority) for priority in ("high", "normal") for _ in range(70)]
+    small, store = queue.worker("small"), queue.store()
+    for name in (small.name, "large"):
+        store.serve(name, ["sd"], ttl_s=60, report={})
+    for _ in jobs:
+        small.fail(small.claim_one(), retryable=True, elsewhere=True)
+    assert sorted(queue.waiting(priority="high") + queue.waiting(priority="normal")) == sorted(jobs)
+    while store.wait_for_work(["sd"], timeout_s=0.01):
+        pass
+    assert small.claim() == []
+    assert not store.wait_for_work(["sd"], timeout_s=0.05)

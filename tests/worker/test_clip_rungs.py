@@ -20,8 +20,8 @@ from worker.batch_decode import BatchDecoder
 from worker.device_stage import DeviceStage
 from worker.frame_stream import can_stream, frames_at_once, stream_frames
 from worker.lowmem_decode import LowMemoryVae
-from worker.next_claim import NextClaim
 from worker.memory_ladder import Rung
+from worker.next_claim import NextClaim
 from worker.preview import Previewer
 from worker.stages import ChunkStream, Failure, Stopwatch, Work
 from worker.vae_pool import LoadedVae

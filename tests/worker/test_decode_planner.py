@@ -7,16 +7,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from broker_config.vae_catalog import VaeEntry
 from tests.support.kl_vaes import family
+from tests.support.pixel_norm_vaes import pixel_norm_family
 from tests.support.processes import ROOT
+from worker import lowmem_decode
 from worker.decode_planner import CostModel, DecodeMode, Line, Probe, plan
 from worker.decode_probes import CostModels, fit
+from worker.plan import as_text, report
+from worker.vae_pool import LoadedVae
 
 GB = 10**9
 
@@ -158,6 +164,34 @@ def test_a_fit_to_real_decodes_tells_time_and_memory(tmp_path: Path) -> None:
     assert again == first  # read, not fitted: there is no VAE to fit
 
 
+def wan_vae() -> LoadedVae:
+    given: Any = {"name": "wan", "title": "t", "weights": "/t", "vae_class": "AutoencoderKLWan", "layouts": ["video"]}
+    return LoadedVae(
+        entry=VaeEntry(**given, channels=4, spatial=8, temporal=4),
+        module=pixel_norm_family("wan"),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        weights={},
+        size_bytes=0,
+    )
+
+
+def test_a_fit_to_real_decodes_of_clips_tells_time_and_each_size_its_memory() -> None:
+    vae = wan_vae()
+    found = fit(vae.module, channels=4, spatial=8, device=vae.device, dtype=torch.float32)
+    assert set(found.seconds) == {DecodeMode.PLAIN, DecodeMode.LOW_MEMORY, DecodeMode.LEAN}
+    for line in found.seconds.values():
+        assert line.at(9 * 256 * 256) > line.at(64 * 64) > 0
+    assert not found.bytes
+    plan_of = report(vae, found, size=(256, 192), items=1, frames=9)
+    assert (plan_of["size"], plan_of["frames"]) == ("256x192", 9)
+    assert plan_of["chosen"]["exact"] == {"mode": "plain", "items_per_call": 1, "fits": True}
+    shape = (1, 4, 3, 24, 32)  # (9 - 1) / 4 + 1 latent frames of 192 / 8 rows and 256 / 8 columns
+    low = lowmem_decode.working_bytes(vae.module, shape, torch.float32)
+    assert abs(plan_of["modes"]["low_memory"]["peak_bytes"] - low) <= 1
+    assert "wan at 256x192, 9 frames" in as_text(plan_of)
+
+
 def latentq(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(Path(sys.executable).parent / "latentq"), *arguments],
@@ -186,7 +220,12 @@ def test_the_command_shows_a_plan_of_the_demo_vae() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--plan", "512x512"), "NAME"), (("demo", "--plan", "big"), "WIDTHxHEIGHT"), (("nope", "--plan", "8x8"), "nope")],
+    [
+        (("--plan", "512x512"), "NAME"),
+        (("demo", "--plan", "big"), "WIDTHxHEIGHT"),
+        (("nope", "--plan", "8x8"), "nope"),
+        (("demo", "--plan", "512x512", "--frames", "9"), "is a VAE of pictures"),
+    ],
 )
 def test_a_plan_of_nothing_is_refused(arguments: tuple[str, ...], message: str) -> None:
     done = latentq("vaes", *arguments)

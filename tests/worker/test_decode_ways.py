@@ -14,14 +14,16 @@ from broker_config.messages import BlobRef, DecodeRequest, Kind, Mode, Output
 from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeEntry
 from producer import DecodeClient
+from tests.support.clip_vaes import clip_family
 from tests.support.kl_vaes import family
 from tests.support.thread_worker import ThreadWorker
-from worker import decode_probes, decode_ways, decode_worker
+from worker import decode_probes, decode_ways, decode_worker, lowmem_decode
+from worker.decode_memory import DecodeMemory
 from worker.decode_planner import CostModel, DecodeMode, Probe
 from worker.decode_probes import CostModels
 from worker.decode_ways import DecodeWays
 from worker.fast_path import FastOptions, FastVaes
-from worker.memory_ladder import How, MemoryModel, Rung
+from worker.memory_ladder import How, MemoryModel, Rung, first_guess
 from worker.vae_pool import LoadedVae
 
 GB = 10**9
@@ -148,6 +150,52 @@ def test_where_nothing_was_measured_the_estimate_decides(measured: Measured) -> 
     vae = loaded()
     assert said(measured(vae, free=100 * GB).of_job(vae, request(items=2)))[0] == ("plain", 2)
     assert said(measured(vae, free=1).of_job(vae, request()))[0] == ("low_memory", 1)
+
+
+def test_where_nothing_was_measured_arithmetic_says_which_low_memory_way_fits(measured: Measured) -> None:
+    vae = loaded()
+    shape = (1, 4, 128, 128)
+    low, lean = (lowmem_decode.working_bytes(vae.module, shape, torch.float32, lean=lean) for lean in (False, True))
+    assert said(measured(vae, free=low + 1).of_job(vae, request())) == [("low_memory", 1), ("lean", 1)]
+    assert said(measured(vae, free=(low + lean) // 2).of_job(vae, request())) == [("lean", 1)]
+    assert said(measured(vae, free=lean // 2).of_job(vae, request()))[0] == ("low_memory", 1)  # nothing fits
+
+
+#: Memory of clips is by arithmetic: only times are measured.
+CLIP_COSTS: Costs = {
+    DecodeMode.PLAIN: (1.0, 0),
+    DecodeMode.FAST: (0.6, 0),
+    DecodeMode.LOW_MEMORY: (0.8, 0),
+    DecodeMode.LEAN: (1.2, 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("free", "mode", "expected"),
+    [
+        ("plain", "fast", "fast"),
+        ("plain", "exact", "plain"),
+        ("low", "fast", "low_memory"),
+        ("low", "exact", "low_memory"),
+        ("lean", "fast", "lean"),
+        ("lean", "exact", "lean"),
+    ],
+)
+def test_a_clip_is_planned_by_its_own_size(measured: Measured, free: str, mode: str, expected: str) -> None:
+    entry = {"vae_class": "AutoencoderKLHunyuanVideo", "temporal": 4, "layouts": ["video"]}
+    vae = loaded(clip_family("hunyuan_video"), **entry)
+    clip = request(side=256, shape=(1, 4, 5, 32, 32), num_frames=17, is_video=True, layout="video", mode=mode)
+    guess = first_guess(vae.module, device=CPU, dtype=torch.float32)
+    found = DecodeMemory().of_item(vae, height=256, width=256, num_frames=17, bytes_per_px=guess)
+    assert found[DecodeMode.LEAN] < found[DecodeMode.LOW_MEMORY] < found[DecodeMode.PLAIN]
+    enough = {
+        "plain": 100 * GB,
+        "low": found[DecodeMode.LOW_MEMORY] / 0.84,
+        "lean": (found[DecodeMode.LEAN] + found[DecodeMode.LOW_MEMORY]) // 2 / 0.85,
+    }[free]
+    assert enough == 100 * GB or enough * 0.85 < found[DecodeMode.PLAIN]
+    ways = measured(vae, free=int(enough), costs=CLIP_COSTS)
+    assert said(ways.of_job(vae, clip))[0] == (expected, 1)
 
 
 def test_a_vae_that_draws_noise_and_an_encode_stay_plain(measured: Measured) -> None:

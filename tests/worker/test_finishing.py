@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +17,10 @@ from broker_config.settings import Settings
 from producer import DecodeClient, JobHandle, JobStatus
 from tests.support.thread_worker import ThreadWorker
 from tests.support.wait import wait_until
-from worker import finish_stage
+from worker import finish_stage, stages
 from worker.finish_stage import FinishStage
 from worker.image_encoding import encode_image
-from worker.stages import HostChunk
+from worker.stages import ChunkStream, HostChunk
 
 
 def submit(client: DecodeClient, *, side: int = 8, **options: Any) -> JobHandle:
@@ -102,3 +103,28 @@ def test_a_broker_that_drops_what_is_stored_fails_the_job_and_says_so(client: De
     assert [error["code"] for error in snapshot.errors] == [EncodeFailed.code] * settings.max_errors
     assert "maxmemory-policy" in snapshot.errors[0]["message"]
     assert tries == 5 * settings.max_errors
+
+
+def test_a_stream_tells_of_waiting_until_somebody_takes_from_it() -> None:
+    """A decode whose encoder has not begun, since jobs before it cannot be stored, does not hang."""
+    waits: list[float] = []
+    stream = ChunkStream(on_waiting=waits.append)
+    chunks = [HostChunk(torch.zeros((1, 8, 8, 3), dtype=torch.uint8)) for _ in range(9)]
+
+    def fill() -> None:
+        for chunk in chunks:
+            stream.put(chunk)
+        stream.end()
+
+    device = threading.Thread(target=fill, name="device")
+    device.start()
+    wait_until(lambda: len(waits) >= 3, what="the device to wait")
+    assert set(waits) == {stages._STREAM_S}
+    taken = iter(stream)
+    got = [next(taken)]
+    told = len(waits)
+    time.sleep(5 * stages._STREAM_S)  # the encoder is busy with its first chunk: that is no waiting for others
+    assert len(waits) <= told + 1
+    assert [*got, *taken] == chunks
+    device.join(60)
+    assert not device.is_alive()

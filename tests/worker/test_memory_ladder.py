@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.support.processes import ROOT
-from worker.next_claim import NextClaim
 from worker.memory_ladder import How, MemoryModel, Rung, first_guess, items_that_fit, rungs
 
 #: Decodes a batch with the address space capped at what plain decode lacks, and prints how it went.
@@ -25,6 +25,7 @@ from broker_config.messages import BlobRef, DecodeRequest, Output
 from broker_config.job_store import Claim
 from worker.batch_decode import BatchDecoder
 from worker.device_stage import DeviceStage
+from worker.next_claim import NextClaim
 from worker.preview import Previewer
 from worker.stages import Stopwatch, Work
 from worker.vae_pool import LoadedVae
@@ -169,7 +170,8 @@ def test_an_estimate_gives_way_to_what_was_measured() -> None:
 
 def test_the_first_guess_is_the_published_prototypes_memory() -> None:
     """1,012 MB above weights for SD's VAE at 512² in float32, within a tenth."""
-    per_px = first_guess({"block_out_channels": (128, 256, 512, 512)}, device=torch.device("cpu"), dtype=torch.float32)
+    vae = SimpleNamespace(config={"block_out_channels": (128, 256, 512, 512)})
+    per_px = first_guess(vae, device=torch.device("cpu"), dtype=torch.float32)
     assert per_px * 512 * 512 == pytest.approx(1012e6, rel=0.1)
 
 

@@ -152,6 +152,32 @@ def test_a_device_that_waits_for_jobs_that_cannot_be_stored_does_not_hang(
     assert hangs == []
 
 
+def test_a_clip_whose_frames_nobody_takes_yet_does_not_hang(
+    client: DecodeClient,
+    settings: Settings,
+    hangs: list[str],
+    watched: Callable[[ThreadWorker], ThreadWorker],
+) -> None:
+    """Both finishers hold jobs that cannot be stored; the clip comes off the device in more pieces than may wait."""
+    frames = 1 + 4 * 64
+    latents = np.ones((1, 16, (frames - 1) // 4 + 1, 4, 4), dtype=np.float32)
+    with watched(ThreadWorker(settings, vaes=("sd", "hunyuanvideo"))) as running:
+        bucket = Bucket(running)
+        bucket.away.set()
+        stuck = [submit(client, shape=LARGE, output="tensor") for _ in range(finish_stage._FINISHERS)]
+        wait_until(lambda: bucket.refused >= len(stuck), timeout_s=60, what="the first tries to store")
+        clip = client.submit(latents, vae="hunyuanvideo", output="png", provenance=False, timeout_s=LIMIT_S)
+        last = keys.job(clip.id)
+        admin = client.store.connections.commands
+        wait_until(lambda: int(admin.hget(last, "done") or 0) > 0, timeout_s=60, what="the clip's first frames")
+        wait_out(LIMIT_S)
+        assert admin.hget(last, "stage") == b"device"
+        bucket.away.clear()
+        snapshots = [job.wait(60) for job in (*stuck, clip)]
+    assert [(item.status, item.attempts) for item in snapshots] == [(JobStatus.SUCCEEDED, 1)] * 3
+    assert hangs == []
+
+
 # Starting --------------------------------------------------------------------------------------------------------
 
 

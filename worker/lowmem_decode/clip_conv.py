@@ -1,10 +1,10 @@
 """Convolutions over the rows of a clip, (rows, T, W, C), causal in time.
 
 Torch is given one over pictures whose channels are those of a frame and of the two before it, one after the other: the
-sums are the same, and kernels for pictures are faster on most devices. On a CPU torch would even leave oneDNN for its
-slow kernel where windows have few rows. The frames before a frame, and the columns beside the first and the last, stand in the window itself. The frames are
-those of the group before, or the first frame repeated; the columns, and the rows above and below, are zeros or repeat
-the edge, as diffusers pads them.
+sums are the same, and kernels for pictures are faster on most devices. (On a CPU torch leaves oneDNN for its own slow
+kernel where a window of a clip has few rows.) The frames before a frame, and the columns beside the first and the last,
+stand in the window itself. The frames are those of the group before, or the first frame repeated; the columns, and the
+rows above and below, are zeros or repeat the edge, as diffusers pads them.
 
 A nearest-neighbour upsample before a convolution is folded into it as `UpsampledConv3x3` does, over time as well, where
 the first frame stays one: frame 2k-1 and frame 2k of its result both repeat frame k, so two taps of three fall on one

@@ -15,7 +15,6 @@ from typing import Any, Final, Protocol
 import torch
 import torch.nn.functional as F
 
-
 #: Weights that are brought into another form at once.
 _PART_BYTES: Final = 16 << 20
 #: Output channels of a part are a multiple of this, which kernels take well.
@@ -145,7 +144,7 @@ def _channels_of_part(weight: torch.Tensor) -> int:
 
 def _as_pictures(weight: torch.Tensor) -> torch.Tensor:
     """(O, C, frames, rows, columns) to (O, frames · C, rows, columns), channels_last: in one copy."""
-    channels, _, frames, rows, columns = weight.shape
+    channels, _, _, rows, columns = weight.shape
     laid = weight.permute(0, 3, 4, 2, 1).reshape(channels, rows, columns, -1)
     return laid.permute(0, 3, 1, 2)
 

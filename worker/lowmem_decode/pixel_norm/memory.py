@@ -187,9 +187,7 @@ def _with_groups_of(program: Program, shape: Sequence[int], count: int, strip_ro
         strip_rows=strip_rows,
         score_bytes=score_bytes,
         held_bytes=(
-            held * itemsize
-            + max(strip_bytes, walk.widest_row * itemsize) * _STRIPS_HELD
-            + walk.part_bytes * _FORMS
+            held * itemsize + max(strip_bytes, walk.widest_row * itemsize) * _STRIPS_HELD + walk.part_bytes * _FORMS
         ),
         group_bytes=pixels * patches.channels(walk.channels) * itemsize,
     )
