@@ -109,7 +109,7 @@ def test_a_decode_that_has_no_memory_is_not_taken_for_a_compiler_that_fails() ->
 
 def test_a_vae_is_compiled_for_the_sizes_named_and_once_for_all_others() -> None:
     backend, vae = Backend(), family("one_level")
-    ways = FastVaes(FastOptions(compile="on"), backend=backend)
+    ways = FastVaes(FastOptions(compile="on", native_bfloat16=False), backend=backend)
     fast = ways.of(vae)
     assert fast is not None
     assert not fast.is_compiled

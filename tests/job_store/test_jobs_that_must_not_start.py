@@ -178,7 +178,7 @@ def test_a_job_that_is_handed_back_keeps_its_start_deadline_unless_its_decode_be
     job = queue.submit(start_within_s=0.2)
     worker = queue.worker()
     claim = worker.claim_one()
-    assert worker.renew(claim, stage=stage) == ["ok"]
+    assert worker.renew(claim, stage=stage) == ["renewed"]
     queue.store().release([claim])
     queue.wait_ms(210)
     assert ids(worker.claim()) == ([job] if runs else [])

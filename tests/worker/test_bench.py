@@ -20,9 +20,10 @@ from worker.fast_path import FastVaes
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Every mode of a tiny VAE, measured in this process; the compiler only pretends."""
+    """Every mode of a tiny VAE, measured in this process; the compiler only pretends, the CPU has no bfloat16."""
     monkeypatch.setattr(bench, "random_vae", lambda *_, **__: family("one_level"))
-    monkeypatch.setattr(bench, "FastVaes", functools.partial(FastVaes, backend=lambda graph, _: graph.forward))
+    pretended: dict[str, Any] = {"backend": lambda graph, _: graph.forward, "instructions": lambda: None}
+    monkeypatch.setattr(bench, "FastVaes", functools.partial(FastVaes, **pretended))
     given: dict[str, Any] = {"side": 64, "device": "cpu", "dtype": "float32", "repeats": 1}
     return [bench.measure_here("sd", mode=mode, **given) for mode in DecodeMode]
 

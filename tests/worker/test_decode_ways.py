@@ -133,7 +133,7 @@ def test_the_fastest_way_is_taken_whichever_it_is(measured: Measured) -> None:
 
 def test_only_a_size_that_was_compiled_is_decoded_compiled(measured: Measured) -> None:
     vae = loaded(family("one_level"), spatial=1)
-    fast = FastVaes(FastOptions(compile="on"), backend=lambda graph, _: graph.forward)
+    fast = FastVaes(FastOptions(compile="on", native_bfloat16=False), backend=lambda graph, _: graph.forward)
     ways = measured(vae, free=100 * GB, costs=USUAL, fast=fast)
     small = request(items=2, side=64, shape=(2, 4, 64, 64))
     assert said(ways.of_job(vae, small))[0] == ("fast", 2)
@@ -184,7 +184,7 @@ CLIP_COSTS: Costs = {
 def test_a_clip_is_planned_by_its_own_size(measured: Measured, free: str, mode: str, expected: str) -> None:
     entry = {"vae_class": "AutoencoderKLHunyuanVideo", "temporal": 4, "layouts": ["video"]}
     vae = loaded(clip_family("hunyuan_video"), **entry)
-    clip = request(side=256, shape=(1, 4, 5, 32, 32), num_frames=17, is_video=True, layout="video", mode=mode)
+    clip = request(side=256, shape=(1, 4, 5, 32, 32), num_frames=17, layout="video", mode=Mode(mode))
     guess = first_guess(vae.module, device=CPU, dtype=torch.float32)
     found = DecodeMemory().of_item(vae, height=256, width=256, num_frames=17, bytes_per_px=guess)
     assert found[DecodeMode.LEAN] < found[DecodeMode.LOW_MEMORY] < found[DecodeMode.PLAIN]
@@ -243,7 +243,7 @@ def test_a_worker_in_mode_fast_decodes_the_fast_way_and_says_so(
         client.submit(latents, vae="sd", output="tensor", mode=mode, provenance=False)
         for mode in ("exact", "fast", "fast")
     )
-    with UngatedWorker(settings, mode="fast", max_batch_px=None, fast_path=use):
+    with UngatedWorker(settings, mode="fast", max_batch_px=None, fast_path=use, dtype="float32"):
         assert len(list(client.as_completed([exact, fast, other], timeout=60))) == 3
     assert exact.result().decoded_by["rung"] == "plain"
     assert "fast_path" not in exact.result().decoded_by
