@@ -41,7 +41,7 @@ class Case:
 
 CASES: Final[Mapping[str, Sequence[Case]]] = {
     "cpu": (
-        Case(vae="sd", side=512, dtype="float32", modes=(*_LOW, DecodeMode.TILED), rounds=3),
+        Case(vae="sd", side=512, dtype="float32", modes=(*_LOW, DecodeMode.TILED, DecodeMode.FAST), rounds=2),
         Case(vae="qwen-image", side=512, dtype="float32", modes=(*_LOW_ONE, DecodeMode.TILED), rounds=3),
         Case(vae="wan", side=256, frames=9, dtype="float32", modes=_LOW_ONE, rounds=2),
         Case(vae="ltx", side=512, frames=17, dtype="float32", modes=_LOW_ONE, rounds=2),
