@@ -86,10 +86,12 @@ def main(device: torch.device, vaes: Sequence[str]) -> list[dict[str, Any]]:
     around = surroundings(device)
     kept = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else []
     rows = [row for row in kept if row["vae"] not in vaes]
+    order = [case.vae for case in CASES[device.type]]
     for case in CASES[device.type]:
         if case.vae not in vaes:
             continue
         rows += measured(case, device=device)
+        rows.sort(key=lambda row: order.index(row["vae"]))
         path.write_text(json.dumps({"figures": rows, **around}, indent=2) + "\n", encoding="utf-8")
         print("\n".join(table(rows)), flush=True)
     return rows
