@@ -10,6 +10,7 @@ operators.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import weakref
@@ -29,9 +30,20 @@ from worker.bench_vaes import ARCHITECTURES, latents_of
 from worker.decode_meter import decoder_of
 from worker.decode_planner import DecodeMode
 from worker.lowmem_decode import decoder
+from worker.lowmem_decode.pixel_norm import clip_decode
 
-#: VAE, pixels of a side, dtype, and the bar in GB for the low-memory decode.
-CASES: Final = (("sdxl", 1024, torch.float16, 0.9), ("flux", 2048, torch.bfloat16, 3.5))
+#: VAE, pixels of a side, frames, dtype, and the bar in GB for the low-memory decode, where one was set.
+CASES: Final = (
+    ("sdxl", 1024, 1, torch.float16, 0.9),
+    ("flux", 2048, 1, torch.bfloat16, 3.5),
+    ("qwen-image", 1024, 1, torch.bfloat16, None),
+    ("wan", 480, 17, torch.bfloat16, None),
+    ("hunyuan-video-1.5", 480, 17, torch.bfloat16, None),
+    ("ltx", 480, 49, torch.bfloat16, None),
+    ("hunyuan-video", 480, 17, torch.bfloat16, None),
+    ("mochi", 480, 37, torch.bfloat16, None),
+    ("cogvideox", 480, 9, torch.bfloat16, None),
+)
 _MODES: Final = (DecodeMode.PLAIN, DecodeMode.LOW_MEMORY, DecodeMode.LEAN)
 
 
@@ -53,7 +65,11 @@ class LiveBytes(TorchDispatchMode):
                 self._known.add(given.untyped_storage())
         made = operator(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if operator.is_view:  # of a real weight, whose storage only seems to be another one
+                self._known.add(tensor.untyped_storage())
+            else:
                 self._count(tensor.untyped_storage())
         return made
 
@@ -70,7 +86,7 @@ class LiveBytes(TorchDispatchMode):
         self._now -= size
 
 
-def counted(name: str, *, side: int, dtype: torch.dtype, mode: DecodeMode) -> tuple[int, int]:
+def counted(name: str, *, side: int, dtype: torch.dtype, mode: DecodeMode, frames: int = 1) -> tuple[int, int]:
     """The most bytes that live at once in one decode, and those of its largest activation."""
     made = ARCHITECTURES[name]
     with torch.device("meta"):
@@ -78,28 +94,33 @@ def counted(name: str, *, side: int, dtype: torch.dtype, mode: DecodeMode) -> tu
     vae.encoder = torch.nn.Identity()
     vae = vae.to_empty(device="cpu").to(dtype)  # real weights, which are not counted; the decoder takes no others
     # Looking whether there is room takes room at once, and is no part of the decode.
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), mock.patch.object(decoder, "probe"):
-        latents = latents_of(vae, name, side=side).to(dtype)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(torch.no_grad())
+        for module in (decoder, clip_decode):
+            stack.enter_context(mock.patch.object(module, "probe"))
+        latents = latents_of(vae, name, side=side, frames=frames).to(dtype)
         with LiveBytes() as live:
             decoder_of(vae, mode)(latents)
     return int(live.peak), lowmem_decode.largest_bytes(vae, latents.shape, dtype)
 
 
-def main(cases: Sequence[tuple[str, int, torch.dtype, float]] = CASES) -> list[dict[str, Any]]:
+def main(cases: Sequence[tuple[str, int, int, torch.dtype, float | None]] = CASES) -> list[dict[str, Any]]:
     """Counts everything and stores the figures."""
     rows: list[dict[str, Any]] = []
-    for name, side, dtype, bar_gb in cases:
+    for name, side, frames, dtype, bar_gb in cases:
         for mode in _MODES:
-            peak, largest = counted(name, side=side, dtype=dtype, mode=mode)
+            peak, largest = counted(name, side=side, frames=frames, dtype=dtype, mode=mode)
             row = {
                 "vae": name,
                 "side": side,
+                "frames": frames,
                 "dtype": str(dtype).removeprefix("torch."),
                 "mode": str(mode),
                 "peak_bytes": peak,
                 "largest_activation_bytes": largest,
                 "ratio_to_largest": peak / largest,
-                **({"bar_bytes": bar_gb * 1e9} if mode is DecodeMode.LOW_MEMORY else {}),
+                **({} if bar_gb is None or mode is not DecodeMode.LOW_MEMORY else {"bar_bytes": bar_gb * 1e9}),
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
