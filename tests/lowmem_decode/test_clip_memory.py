@@ -68,8 +68,8 @@ def peak(name: str, mode: str) -> int:
     ("name", "mode", "activations"),
     [
         ("hunyuan_video", "low_memory", 1.7),
-        ("hunyuan_video", "lean", 1.0),
-        ("mochi", "low_memory", 0.7),
+        ("hunyuan_video", "lean", 0.95),
+        ("mochi", "low_memory", 0.5),
         ("cogvideox", "lean", 1.1),
     ],
 )

@@ -24,8 +24,8 @@ _BUDGET: Final = 1.6
 _LEAN_BUDGET: Final = 1.0
 #: A strip is such a part of the largest activation, and several are held at once: the largest ones that fit this part
 #: of the budget and let as much be stored as the smallest, which are the last resort.
-_STRIPS: Final = (32, 64, 128)
-_LARGER_STRIPS_BUDGET: Final = 0.9
+_STRIPS: Final = (64, 128)
+_LARGER_STRIPS_BUDGET: Final = 0.85
 #: Largest strip on a CPU: several fit a last-level cache, and glibc's heap (see `host_memory`).
 _STRIP_CPU_BYTES: Final = 8 << 20
 #: Memory of attention scores, as a part of the largest activation.
@@ -158,7 +158,10 @@ def arrange(
         )
         ways.append(_stored(program, draft, where, budget=budget))
     *larger, smallest = ways
-    fitting = [way for way in larger if way.peak_bytes <= budget * _LARGER_STRIPS_BUDGET]
+    room = (
+        min(budget, budget_bytes(largest, lean=False)) * _LARGER_STRIPS_BUDGET
+    )  # a piece's strips are by its own size
+    fitting = [way for way in larger if way.peak_bytes <= room]
     return min((*fitting, smallest), key=lambda way: sum(way.costs))
 
 
@@ -263,14 +266,18 @@ def _resnet(
         held += pixels * out
     rows = draft.rows(row=row, channels=max(place.channels, hidden), itemsize=itemsize)
     rows = min(rows, place.height)
-    seen = (rows + 3) * place.window_row + (rows + 2) * place.pictures_row
-    rows += 1  # the last strip also brings the row that waited for it
-    first = seen * place.channels + rows * 2 * row * hidden
-    second = seen * hidden + rows * 2 * row * out
-    strips = max(first, second) if keep_hidden else first + second
+    window, pictures = (rows + 3) * place.window_row, (rows + 2) * place.pictures_row
+    fed, rows = rows, rows + 1  # the last strip also brings the row that waited for it
+    results = 1 if place.pictures_row else 2  # of a clip one: its strip is a view of what the convolution made
+    first = window * place.channels + rows * results * row * hidden
+    second = window * hidden + rows * results * row * out
+    if keep_hidden:
+        strips = max(first + pictures * place.channels, second + pictures * hidden)
+    else:  # pictures live as long as their convolution runs: those of one of the two
+        strips = first + second + pictures * max(place.channels, hidden)
     if again is not None:
         strips += rows * row * place.channels * (1 if keep_hidden else 2)
-    piece = max(row * place.channels, min(rows * row * place.channels, scratch_elements(program.device)))
+    piece = max(row * place.channels, min(fed * row * place.channels, scratch_elements(program.device)))
     scratch = 4 * 2 * piece
     extra = _upsample_strips(again, draft, itemsize) if again is not None else 0
     taps = float(step.conv1.weight.shape[2:].numel())
