@@ -158,9 +158,8 @@ def arrange(
         )
         ways.append(_stored(program, draft, where, budget=budget))
     *larger, smallest = ways
-    room = (
-        min(budget, budget_bytes(largest, lean=False)) * _LARGER_STRIPS_BUDGET
-    )  # a piece's strips are by its own size
+    # strips of a piece are by its own size, though it may have room to spare
+    room = min(budget, budget_bytes(largest, lean=False)) * _LARGER_STRIPS_BUDGET
     fitting = [way for way in larger if way.peak_bytes <= room]
     return min((*fitting, smallest), key=lambda way: sum(way.costs))
 
