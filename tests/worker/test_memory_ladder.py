@@ -115,8 +115,7 @@ def test_what_fits_is_decoded_plain() -> None:
     assert result == {"failures": [], "evicted": 0, "rung": Rung.PLAIN, "equal": True}
 
 
-#: 32 channels × 1280² × 4 bytes. Large, because the heap's address space varies by some 40 MiB from run to run (holes
-#: that glibc leaves between strips; their memory goes back to the system, their addresses do not).
+#: 32 channels × 1280² × 4 bytes. Large beside what else takes addresses: a thread's stack, small blocks in the heap.
 _ACTIVATION_MB = 200
 
 

@@ -6,16 +6,12 @@ Each can be read more than once, always from the top to the bottom. Rows that we
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Final, Protocol
+from typing import Protocol
 
 import torch
 
-from worker.lowmem_decode.host_memory import give_back
+from worker.lowmem_decode.host_memory import Growth
 from worker.lowmem_decode.row_conv import Kernel, RowConv
-
-#: Strips between two times that free memory of the host goes back. glibc before 2.38 does not reuse an aligned block
-#: for one of the same size (its bug 14581), so the heap grows by about a strip with each.
-_GIVE_BACK_EVERY: Final = 8
 
 
 class Activation(Protocol):
@@ -110,18 +106,18 @@ def convolved(
         write: copies a strip to where the convolution reads it (strip, room), and may change it on the way.
     """
     conv: RowConv | None = None
-    on_host = False
+    growth: Growth | None = None
     seen = 0
-    for number, strip in enumerate(source.strips(rows), start=1):
+    for strip in source.strips(rows):
         if conv is None:
             conv = RowConv(kernel, strip, inner=source.inner, most_rows=source.most_rows(rows))
-            on_host = strip.device.type == "cpu"
+            growth = Growth(strip.nbytes) if strip.device.type == "cpu" else None
         count = len(strip)
         write(strip, conv.room(count))
         del strip  # a recomputed one would live on while the next is made
         seen += count
-        if on_host and number % _GIVE_BACK_EVERY == 0:
-            give_back()
+        if growth is not None:
+            growth.give_back()
         out = conv.push(count, last=seen == source.height)
         if out is not None:
             yield out

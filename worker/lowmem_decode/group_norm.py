@@ -4,6 +4,9 @@ Mean and variance are those of the whole activation, or of each frame of it. Eac
 sum of squared deviations, in float32 and in two passes; the pieces are merged by Chan, Golub and LeVeque's formula
 (Updating formulae and a pairwise algorithm for computing sample variances, 1979), in float64 where the device has it.
 No term cancels, and nothing is left out: neither the variance between the pieces' means, nor a padding pixel put in.
+
+Pieces in float32 lie in one room, used again and again: of thousands of aligned blocks that come and go, glibc before
+2.38 reuses few (its bug 14581), and its heap grows by tens of MiB.
 """
 
 from __future__ import annotations
@@ -44,16 +47,22 @@ class GroupStatistics:
         self._counts: list[int] = []
         self._means: list[torch.Tensor] = []
         self._squares: list[torch.Tensor] = []
+        #: Where a piece is centred.
+        self._room: torch.Tensor | None = None
 
     def add(self, rows: torch.Tensor) -> None:
         """Takes in rows (h, W, C) or (h, T, W, C) that were not seen yet."""
         channels = rows.shape[-1]
         per_group = channels // self._groups
         over = (0, 2) if self._per_frame else tuple(range(rows.ndim - 1))
-        for piece in pieces(rows):
+        parts = pieces(rows)
+        if self._room is None or len(self._room) < len(parts[0]):
+            self._room = torch.empty_like(parts[0], dtype=torch.float32)
+        for piece in parts:
             count = piece.numel() // self._groups // (piece.shape[1] if self._per_frame else 1)
             mean = self._by_group(piece.sum(over, dtype=torch.float32)) / count
-            centred = piece - self._by_channel(mean, per_group)  # float32, whatever the activation is
+            # float32, whatever the activation is
+            centred = torch.sub(piece, self._by_channel(mean, per_group), out=self._room[: len(piece)])
             squares = self._by_group(centred.square_().sum(over))
             self._counts.append(count)
             self._means.append(mean)
@@ -64,6 +73,7 @@ class GroupStatistics:
 
         Source: torch.nn.GroupNorm (biased variance, eps inside the root).
         """
+        self._room = None
         device = self._means[0].device
         wide = torch.float32 if device.type == "mps" else torch.float64
         means = torch.stack(self._means).to(wide)
@@ -98,11 +108,14 @@ def normalise(rows: torch.Tensor, affine: Affine, *, out: torch.Tensor, silu: bo
         out: the shape and dtype of `rows`.
         silu: whether SiLU follows.
     """
-    for piece, target in zip(pieces(rows), pieces(out), strict=True):
-        if rows.dtype == torch.float32:
+    parts = pieces(rows)
+    room = None if rows.dtype == torch.float32 else torch.empty_like(parts[0], dtype=torch.float32)
+    for piece, target in zip(parts, pieces(out), strict=True):
+        if room is None:
             torch.addcmul(affine.shift, piece, affine.scale, out=target)
         else:
-            target.copy_(torch.addcmul(affine.shift, piece.float(), affine.scale))
+            wide = room[: len(piece)].copy_(piece)
+            target.copy_(torch.addcmul(affine.shift, wide, affine.scale, out=wide))
         if silu:
             F.silu(target, inplace=True)
 

@@ -4,13 +4,19 @@ Left alone, glibc keeps freed blocks of up to 32 MiB in the heap. After a decode
 holes of their activations, which later strips do not fill: 90 to 130 MiB of SD's VAE at 512², a third of what the
 decode itself takes then. Mapping every block one by one leaves no holes, but each strip then faults its pages in again:
 half the time of a decode in bfloat16. So activations are mapped, strips stay in the heap and are reused there, and
-between two steps what is free goes back to the system.
+between two steps what is free goes back to the system, and within one whenever the process has grown by much.
+
+Where the address space is limited (`ulimit -v`), a hole counts as memory does, and cannot go back. There every strip is
+mapped.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import resource
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -22,6 +28,11 @@ _M_MMAP_THRESHOLD: Final = -3
 LARGEST_IN_HEAP_BYTES: Final = 32 << 20
 #: Free memory at the end of the heap that stays there until `give_back`: all strips of a step.
 _KEPT_BYTES: Final = 512 << 20
+#: The process may grow by so many strips, within these bounds, before free memory of the heap goes back.
+_GROWN_STRIPS: Final = 4
+_GROWN_BYTES: Final = (2 << 20, 16 << 20)
+#: Blocks from here on are mapped where the address space is limited.
+_MAPPED_BYTES: Final = 1 << 20
 #: What a decode takes on a CPU besides its activations: oneDNN's and the BLAS's own buffers, code they generate.
 _ASIDE_BYTES: Final = 16 << 20
 
@@ -39,10 +50,15 @@ def _libc() -> Any | None:
 
 
 def expect_strips(strip_bytes: int) -> None:
-    """From now on, in the whole process, blocks well above a strip are mapped, and smaller ones reused."""
+    """From now on, in the whole process, blocks well above a strip are mapped, and smaller ones reused.
+
+    All are mapped where the address space is limited.
+    """
     libc = _libc()
     if libc is not None:
-        libc.mallopt(_M_MMAP_THRESHOLD, min(LARGEST_IN_HEAP_BYTES, max(1 << 20, 2 * strip_bytes)))
+        limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+        mapped = _MAPPED_BYTES if limited else min(LARGEST_IN_HEAP_BYTES, max(_MAPPED_BYTES, 2 * strip_bytes))
+        libc.mallopt(_M_MMAP_THRESHOLD, mapped)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
@@ -51,6 +67,37 @@ def give_back() -> None:
     libc = _libc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+class Growth:
+    """Of the process, since free memory last went back.
+
+    glibc before 2.38 does not reuse an aligned block for one of the same size (its bug 14581), so a heap grows by about
+    a strip with each.
+    """
+
+    def __init__(self, strip_bytes: int) -> None:
+        least, most = _GROWN_BYTES
+        self._most = min(most, max(least, _GROWN_STRIPS * strip_bytes))
+        self._before = _resident()
+
+    def give_back(self) -> None:
+        """Returns free pages of the heap to the system if the process has grown by much. Cheap: call it for each strip.
+
+        What is not free makes it grow as well, and does no harm: one more look at the heap for each so many bytes.
+        """
+        if _resident() - self._before > self._most:
+            give_back()
+            self._before = _resident()
+
+
+def _resident() -> int:
+    """Bytes of this process in memory; 0 where the kernel does not tell."""
+    try:
+        pages = Path("/proc/self/statm").read_bytes().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def probe(needed_bytes: int) -> None:

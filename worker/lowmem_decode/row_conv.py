@@ -185,7 +185,8 @@ class RowConv:
             return None
         out = self._kernel(self._buffer[: self._held])
         if not last:
-            self._buffer[:2] = self._buffer[self._held - 2 : self._held].clone()
+            self._buffer[0] = self._buffer[self._held - 2]  # in this order the two may be the second and the third
+            self._buffer[1] = self._buffer[self._held - 1]
             self._held = 2
         return out
 

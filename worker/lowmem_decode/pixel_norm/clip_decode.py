@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-from worker.lowmem_decode.host_memory import expect_strips, give_back, probe
+from worker.lowmem_decode.host_memory import Growth, expect_strips, give_back, probe
 from worker.lowmem_decode.pixel_norm.attention import AttentionRun
 from worker.lowmem_decode.pixel_norm.kernels import pointwise
 from worker.lowmem_decode.pixel_norm.memory import (
@@ -31,9 +31,6 @@ from worker.lowmem_decode.pixel_norm.strips import Mapped, Past, Strips, Whole
 from worker.lowmem_decode.pixel_norm.structure import read
 
 OnProgress = Callable[[float], None]
-
-#: Strips between two times that free memory of the host goes back; see `activation`.
-_GIVE_BACK_EVERY: Final = 8
 
 
 def stream(
@@ -164,7 +161,8 @@ class _ClipDecode:
         self._attentions = [
             AttentionRun(block, frames=frames, score_bytes=arrangement.score_bytes) for block in program.attentions
         ]
-        self._strips_done = 0
+        on_host = program.device.type == "cpu"
+        self._before_conv = Growth(arrangement.strip_bytes).give_back if on_host else lambda: None
 
     def run(self, latent: torch.Tensor) -> Iterator[torch.Tensor]:
         """(C, f, h, w) to groups (3, n, H, W)."""
@@ -177,6 +175,7 @@ class _ClipDecode:
                 last=number == len(groups) - 1,
                 pasts=self._pasts,
                 rows=self._arrangement.rows,
+                before_conv=self._before_conv,
             )
             yield self._pixels(self._last_strips(part, group), group, number, len(groups))
 
@@ -202,7 +201,6 @@ class _ClipDecode:
                 stored = strip.new_empty(len(strip), strips.height, *strip.shape[2:])
             stored[:, top : top + strip.shape[1]] = strip
             top += strip.shape[1]
-            self._give_back(strip)
         assert stored is not None
         return stored
 
@@ -217,13 +215,7 @@ class _ClipDecode:
             # f, h, W, 3 → 3, f, h, W
             pixels[:, :, top : top + strip.shape[1]] = strip.permute(3, 0, 1, 2)
             top += strip.shape[1]
-            self._give_back(strip)
             if self._told is not None:
                 self._told((number + top / last.height) / count)
         assert pixels is not None
         return pixels.clamp_(-1.0, 1.0) if self._program.clamps else pixels
-
-    def _give_back(self, strip: torch.Tensor) -> None:
-        self._strips_done += 1
-        if strip.device.type == "cpu" and self._strips_done % _GIVE_BACK_EVERY == 0:
-            give_back()

@@ -31,6 +31,8 @@ class Group:
     pasts: dict[int, Past]
     #: Rows of a strip of so many bytes a row.
     rows: Callable[[int], int]
+    #: Called before each run of a convolution.
+    before_conv: Callable[[], None]
 
     def past(self, step: object) -> Past | None:
         """What a step keeps for the next group; None if there is no other group."""
@@ -69,7 +71,12 @@ class Conv:
             strips = Mapped(strips, lambda strip: beside.around(strip, height=source.height))
         padded = self.edge != "zeros"
         windows = Windows(strips, edge=self.edge)
-        out = Mapped(windows, lambda window: kernel(window, columns_padded=padded), factor=kernel.factor)
+
+        def convolved(window: torch.Tensor) -> torch.Tensor:
+            group.before_conv()
+            return kernel(window, columns_padded=padded)
+
+        out = Mapped(windows, convolved, factor=kernel.factor)
         spread = self.spread
         if spread is None:
             return out
