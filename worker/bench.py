@@ -85,6 +85,8 @@ def _beside_plain(
     with torch.inference_mode():
         plain = vae.decode(latents, return_dict=False)[0].double()
         error = (decode(latents).double() - plain).square().mean()
+    if not torch.isfinite(error):
+        raise RuntimeError(f"{mode} or plain decode made NaN or Inf")
     decibels = float(10 * torch.log10((plain.max() - plain.min()).square() / error)) if error > 0 else None
     facts = fast.facts(compiled=mode is DecodeMode.COMPILED)
     return {

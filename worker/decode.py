@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Final
 
 import torch
@@ -21,6 +21,7 @@ from broker_config.errors import InvalidOption
 from broker_config.latent_geometry import LatentFacts, LatentLayout, LatentState
 from worker.blended_tiles import decode_in_tiles
 from worker.frame_stream import can_stream, stream_frames
+from worker.in_parts import in_parts
 from worker.latent_layouts import Plan, finish, to_vae_input
 from worker.latent_layouts.frames import unfold_frames
 
@@ -44,7 +45,7 @@ def decode_chunks(
     items_per_call: int | None = None,
     first: int = 0,
     by_frames: bool = False,
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """The VAE's own output, in pieces, each as soon as the device has it.
 
     Args:
@@ -186,8 +187,13 @@ def to_pixels(decoded: torch.Tensor, plan: Plan) -> torch.Tensor:
     pipelines/cosmos/pipeline_cosmos_text2world.py `__call__`, whose guardrail gets `(video * 255).astype(np.uint8)`.
     """
     with torch.inference_mode():
-        values = (decoded if plan.imagenet else (decoded * 0.5 + 0.5).clamp(0, 1)).float().mul(255)
-        return (values if plan.cut else values.round()).to(torch.uint8).movedim(-3, -1)
+        pictures = decoded.flatten(0, -4) if decoded.ndim > 3 else decoded[None]
+        count, channels, height, width = pictures.shape
+        out = pictures.new_empty(count, height, width, channels, dtype=torch.uint8)
+        for part, pixels in zip(in_parts(pictures), in_parts(out), strict=True):
+            values = (part if plan.imagenet else (part * 0.5 + 0.5).clamp(0, 1)).float().mul(255)
+            pixels.copy_((values if plan.cut else values.round()).movedim(-3, -1))
+        return out.view(*decoded.shape[:-3], height, width, channels)
 
 
 def clip_frames(chunk: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -235,8 +241,17 @@ def _in_chunks(vae: Any, vae_input: torch.Tensor, plan: Plan, keywords: Mapping[
     """
     assert plan.facts.frames_per_call is not None, "checked at submit"
     groups = torch.split(vae_input, plan.facts.frames_per_call, dim=2)
-    parts = [_whole(vae, part, plan, keywords) for part in groups]
-    return torch.cat(parts, dim=2)[:, :, : plan.num_frames]
+    made: torch.Tensor | None = None
+    done = 0
+    for group in groups:
+        part = _whole(vae, group, plan, keywords)
+        if made is None:
+            made = part.new_empty(*part.shape[:2], plan.num_frames, *part.shape[3:])
+        part = part[:, :, : plan.num_frames - done]
+        made[:, :, done : done + part.shape[2]] = part
+        done += part.shape[2]
+    assert made is not None
+    return made[:, :, :done]
 
 
 def _in_sections(vae: Any, vae_input: torch.Tensor, plan: Plan, keywords: Mapping[str, Any]) -> torch.Tensor:

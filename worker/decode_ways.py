@@ -91,8 +91,12 @@ class DecodeWays:
         items = sum(work.request.batch for work in works)
         request = works[0].request
         planned = self._planned(vae, request, items=items, without=(DecodeMode.LOW_MEMORY, DecodeMode.LEAN))
-        best = self._unmeasured(vae, request) if planned is None else Rung(str(planned.mode))
-        return How(rung=best, items_per_call=1 if best is Rung.COMPILED else items)
+        if planned is None:
+            best, fitting = self._unmeasured(vae, request), self._estimated(vae, request)
+        else:
+            best, fitting = Rung(str(planned.mode)), planned.items_per_call
+        each = 1 if best is Rung.COMPILED else min(items, max(1, fitting))
+        return How(rung=Rung.SPLIT if best is Rung.PLAIN and each < items else best, items_per_call=each)
 
     def _planned(
         self, vae: LoadedVae, request: DecodeRequest, *, items: int, without: Sequence[DecodeMode] = ()
@@ -138,7 +142,10 @@ class DecodeWays:
     def _item_bytes(self, vae: LoadedVae, request: DecodeRequest) -> dict[DecodeMode, int]:
         height, width, frames = decoded_size(vae, request)
         bytes_per_px = self._bytes_per_px(vae)
-        return self._sizes.of_item(vae, height=height, width=width, num_frames=frames, bytes_per_px=bytes_per_px)
+        found = self._sizes.of_item(vae, height=height, width=width, num_frames=frames, bytes_per_px=bytes_per_px)
+        # of a clip that is decoded in several calls, the frames of all of them are kept
+        kept = 3 * height * width * max(0, request.num_frames - frames) * vae.dtype.itemsize
+        return {mode: size + kept for mode, size in found.items()}
 
     def _bytes_per_px(self, vae: LoadedVae) -> float:
         guess = first_guess(vae.module, device=vae.device, dtype=vae.dtype)

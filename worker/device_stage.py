@@ -11,6 +11,7 @@ import queue
 from collections.abc import Callable, Sequence
 
 from broker_config.errors import OutOfMemory
+from broker_config.messages import Kind
 from worker.attempts import AttemptReporter
 from worker.batch_decode import BatchDecoder
 from worker.decode_pace import DecodePace
@@ -190,8 +191,10 @@ class DeviceStage:
         self._leases.enter(
             [work.claim for work in works], "encode", limit_s=sum(work.request.timeout_s for work in works)
         )
-        if how.rung not in (Rung.PLAIN, Rung.SPLIT):
-            return None  # the other rungs take less, and would make the plain one look small
+        if how.rung not in (Rung.PLAIN, Rung.SPLIT) or works[0].request.kind is Kind.ENCODE:
+            return None  # the other rungs take less, and would make the plain one look small; an encode is no decode
+        if "upcast" in works[0].decoded_by:
+            return None  # took what float32 takes
         pixels = pixels_at_once(vae, works[0].request) * how.items_per_call
         self.memory.learn(name, dtype=vae.dtype, pixels=pixels, used_bytes=meter.used_bytes)
         return None

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Final
 
 import torch
 
 from broker_config.errors import NonFiniteOutput
 from worker.decode import decode_chunks
+from worker.in_parts import in_parts
 from worker.latent_layouts import Plan
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,13 @@ def finite_chunks(
     narrow = str(vae.dtype).removeprefix("torch.")
     logger.warning("piece %d is not finite in %s, decoding in float32", done, narrow, extra={"action": "upcast"})
     on_upcast(done)
-    with widened(vae):
-        again = decode_chunks(vae, latents, plan, items_per_call=items_per_call, by_frames=by_frames, first=done)
+    # the inner one ends first: weights go back outside its inference mode
+    with (
+        widened(vae),
+        contextlib.closing(
+            decode_chunks(vae, latents, plan, items_per_call=items_per_call, by_frames=by_frames, first=done)
+        ) as again,
+    ):
         for number, wide in enumerate(again, start=done):
             if not is_finite(wide):
                 raise _not_finite(number, (narrow, "float32"))
@@ -73,7 +79,9 @@ def finite_chunks(
 
 def is_finite(chunk: torch.Tensor) -> bool:
     """Whether no number is NaN or Inf."""
-    return bool(torch.isfinite(chunk).all())
+    with torch.inference_mode():
+        frames = chunk.movedim(2, 0) if chunk.ndim == 5 else chunk
+        return bool(torch.stack([torch.isfinite(part).all() for part in in_parts(frames)]).all())
 
 
 @contextlib.contextmanager
@@ -86,8 +94,27 @@ def widened(vae: Any) -> Iterator[None]:
             tensor.data = tensor.data.float()
         yield
     finally:
-        for tensor, dtype in zip(tensors, dtypes, strict=True):
+        _narrow(list(zip(tensors, dtypes, strict=True)))
+
+
+def _narrow(pairs: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
+    """Each tensor in its dtype. Each that is narrowed makes room: those for which there was none are tried again.
+
+    Raises:
+        RuntimeError: no room for one of them, with all others narrowed.
+    """
+    left: list[tuple[torch.Tensor, torch.dtype]] = []
+    failure: RuntimeError | None = None
+    for tensor, dtype in pairs:
+        try:
             tensor.data = tensor.data.to(dtype)
+        except RuntimeError as error:  # out of memory
+            left.append((tensor, dtype))
+            failure = error
+    if failure is not None:
+        if len(left) == len(pairs):
+            raise failure
+        _narrow(left)
 
 
 def _not_finite(number: int, dtypes: tuple[str, ...]) -> NonFiniteOutput:

@@ -10,9 +10,11 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tests.support.clip_vaes import CLIP_FAMILIES, clip_family
+from tests.support.clip_vaes import CLIP_FAMILIES, clip_family, mochi
 from tests.support.last_bits import psnr_db, rounding_db
 from worker import lowmem_decode
+from worker.lowmem_decode.decode_plan import plan_decode
+from worker.lowmem_decode.structure import read
 
 #: What issue and docs promise in float32.
 TOLERANCE = 1e-4
@@ -123,6 +125,15 @@ def test_a_stream_is_the_clip_group_by_group(name: str, sizes: list[int]) -> Non
     z = latents(vae, frames=6)
     groups = list(lowmem_decode.stream(vae, z))
     assert [group.shape[2] for group in groups] == sizes
+    torch.testing.assert_close(torch.cat(groups, dim=2), plain(vae, z), atol=TOLERANCE, rtol=0)
+
+
+def test_a_short_clip_that_goes_through_at_once_streams_in_the_same_groups() -> None:
+    vae = mochi(decoder_block_out_channels=(32, 96, 192, 256)).eval()  # what convolutions remember is much
+    z = latents(vae, frames=3)
+    assert len(plan_decode(vae, read(vae), z.shape, lean=True, streaming=True).spans) == 1
+    groups = list(lowmem_decode.stream(vae, z, lean=True))
+    assert [group.shape[2] for group in groups] == [1, 6, 6]
     torch.testing.assert_close(torch.cat(groups, dim=2), plain(vae, z), atol=TOLERANCE, rtol=0)
 
 

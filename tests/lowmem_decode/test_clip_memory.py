@@ -20,6 +20,8 @@ from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, Autoenc
 from tests.support.clip_vaes import cogvideox, hunyuan_video, mochi
 from tests.support.processes import ROOT
 from worker import lowmem_decode
+from worker.lowmem_decode.decode_plan import plan_decode
+from worker.lowmem_decode.structure import read
 
 #: VAEs, and latents. The largest activation has 32 channels in float32: 58 MiB of 13 frames of 192², 216 MiB of Mochi's
 #: 48 frames, 49 MiB of 8 frames of 224².
@@ -121,3 +123,18 @@ def test_the_real_ones_by_arithmetic(
     for lean, limit in zip((False, True), limits, strict=True):
         held = lowmem_decode.working_bytes(vae, shape, torch.bfloat16, lean=lean) - clip
         assert held <= limit * 2 * largest
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_stream_takes_no_more_than_the_decode_as_a_whole(lean: bool) -> None:
+    """A latent frame at a time, Mochi's convolutions remember more than a short clip has; a long one goes so."""
+    vae = full_size(AutoencoderKLMochi)
+    program = read(vae)
+    pieces = []
+    for frames in (1, 2, 3, 4, 6, 8, 28):
+        shape = (1, 12, frames, 60, 106)
+        whole, streamed = (plan_decode(vae, program, shape, lean=lean, streaming=way) for way in (False, True))
+        assert streamed.peak_bytes <= whole.peak_bytes
+        pieces.append(len(streamed.spans))
+    assert pieces[:3] == [1, 1, 1]
+    assert pieces[-1] == 28

@@ -27,6 +27,11 @@ def test_other_classes_are_not(kind: Any) -> None:
         lowmem_decode.decode(vae, torch.zeros(1, 4, 8, 8))
 
 
+def set_to_tiles(vae: Any) -> Any:
+    vae.enable_tiling()
+    return vae
+
+
 def subclassed(vae: Any) -> Any:
     class Edited(AutoencoderKL):
         pass
@@ -107,6 +112,7 @@ def spatial_norm(vae: Any) -> Any:
 @pytest.mark.parametrize(
     "edit",
     [
+        set_to_tiles,
         subclassed,
         replaced_forward,
         replaced_decode,

@@ -224,6 +224,17 @@ def test_a_batch_of_jobs_shares_one_call_of_the_planned_way(measured: Measured) 
     assert measured(vae, free=100 * GB).of_batch(vae, works) == How(rung=Rung.PLAIN, items_per_call=3)
 
 
+def test_a_batch_of_jobs_goes_in_as_many_calls_as_fit(measured: Measured) -> None:
+    works: Any = [SimpleNamespace(request=request(side=1024)) for _ in range(4)]
+    vae = loaded()  # plain and fast decode take 4.2 GB a picture
+    split = measured(vae, free=10 * GB, costs=USUAL).of_batch(vae, works)
+    assert split == How(rung=Rung.FAST, items_per_call=2)
+    bytes_per_px = first_guess(vae.module, device=CPU, dtype=torch.float32)
+    room = int(2.5 * bytes_per_px * 1024 * 1024)
+    unmeasured = measured(vae, free=room).of_batch(vae, works)
+    assert unmeasured == How(rung=Rung.SPLIT, items_per_call=2)
+
+
 class UngatedWorker(ThreadWorker):
     """A gate replaces `decode` of the VAE, and such a VAE has no fast way."""
 

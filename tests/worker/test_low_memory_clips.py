@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.counted_memory import LiveBytes
 from broker_config.latent_geometry import LatentLayout
 from tests.support.pixel_norm_vaes import latents_of, pixel_norm_family
 from worker import lowmem_decode
 from worker.batch_decode import on_rung
-from worker.decode import decode_chunks
+from worker.decode import clip_frames, decode_chunks, to_pixels
 from worker.frame_stream import can_stream
 from worker.latent_layouts import Plan, Scaling
 from worker.memory_ladder import Rung, rungs
@@ -30,6 +31,17 @@ def plan_of(vae: Any, *, frames: int, height: int, width: int) -> Plan:
         is_video=True,
         temporal=temporal,
     )
+
+
+def test_pixels_of_a_long_clip_are_made_a_few_frames_at_a_time() -> None:
+    clip = torch.randn(1, 3, 96, 256, 320)
+    plan = plan_of(None, frames=24, height=32, width=40)
+    with LiveBytes() as live:
+        pixels = to_pixels(clip_frames(clip, plan), plan)
+    part = 4 << 23  # bytes; operators leave three results at once
+    assert live.peak < pixels.nbytes + 4 * part < 2 * clip.nbytes
+    alone = [to_pixels(clip[:, :, frame], plan) for frame in range(96)]
+    assert torch.equal(pixels, torch.cat(alone))
 
 
 @pytest.mark.parametrize("rung", [Rung.LOW_MEMORY, Rung.LEAN])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from tests.support.thread_worker import ThreadWorker
 from tests.support.tiny_families import catalogue, make
 from worker.decode import decode_chunks
 from worker.latent_layouts import Plan, Scaling
-from worker.numerical_safety import finite_chunks, widened
+from worker.numerical_safety import finite_chunks, is_finite, widened
 
 
 def overflowing(vae: Any) -> Any:
@@ -90,6 +91,46 @@ def test_parts_that_were_float32_before_stay_so(vae: Any) -> None:
         assert {item.dtype for item in half.parameters()} == {torch.float32}
     assert half.decoder.conv_out.weight.dtype == torch.float32
     assert half.decoder.conv_in.weight.dtype == torch.float16
+
+
+class Cramped:
+    """Weights whose narrow copy finds no memory so many times."""
+
+    def __init__(self, refusals: int) -> None:
+        self.dtype = torch.float16
+        self.data = self
+        self._refusals = refusals
+
+    def float(self) -> Cramped:
+        self.dtype = torch.float32
+        return self
+
+    def to(self, dtype: torch.dtype) -> Cramped:
+        if self._refusals:
+            self._refusals -= 1
+            raise RuntimeError("out of memory")
+        self.dtype = dtype
+        return self
+
+
+def test_weights_for_which_there_is_no_room_are_narrowed_after_the_others() -> None:
+    weights = [Cramped(1), Cramped(0), Cramped(2), Cramped(0)]
+    with widened(SimpleNamespace(parameters=lambda: weights, buffers=list)):
+        assert {each.dtype for each in weights} == {torch.float32}
+    assert {each.dtype for each in weights} == {torch.float16}
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        widened(SimpleNamespace(parameters=lambda: [Cramped(9), Cramped(0)], buffers=list)),
+    ):
+        pass
+
+
+def test_one_number_of_a_clip_that_is_not_finite_is_found() -> None:
+    clip = torch.zeros(1, 3, 9, 640, 640)  # more than one part
+    assert is_finite(clip)
+    clip[0, 1, 8, 639, 639] = float("nan")
+    assert not is_finite(clip)
+    assert is_finite(clip[:, :, :8])
 
 
 def test_a_stream_goes_on_in_float32_from_the_piece_that_overflowed(vae: Any) -> None:

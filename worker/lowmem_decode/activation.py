@@ -6,12 +6,16 @@ Each can be read more than once, always from the top to the bottom. Rows that we
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 
 from worker.lowmem_decode.host_memory import Growth
 from worker.lowmem_decode.row_conv import Kernel, RowConv
+
+#: A process may grow by so many strips, or by so many bytes, before free memory of its heap goes back.
+_GROWN_STRIPS: Final = 4
+_GROWN_BYTES: Final = 16 << 20
 
 
 class Activation(Protocol):
@@ -111,7 +115,7 @@ def convolved(
     for strip in source.strips(rows):
         if conv is None:
             conv = RowConv(kernel, strip, inner=source.inner, most_rows=source.most_rows(rows))
-            growth = Growth(strip.nbytes) if strip.device.type == "cpu" else None
+            growth = Growth(min(_GROWN_BYTES, _GROWN_STRIPS * strip.nbytes)) if strip.device.type == "cpu" else None
         count = len(strip)
         write(strip, conv.room(count))
         del strip  # a recomputed one would live on while the next is made

@@ -72,11 +72,11 @@ def plan_decode(
         shape: of the latents.
         lean: as for `arrange`.
         strip_rows: likewise.
-        streaming: whether frames are to come as early as can be.
+        streaming: whether frames are to come as early as can be in the memory that the decode takes otherwise.
     """
     budget = budget_bytes(largest_of_plain(module, program, shape) * program.dtype.itemsize, lean=lean)
     plans = []
-    for spans in _ways(module, program, shape, streaming=streaming):
+    for spans in _ways(module, program, shape):
         cached = len(spans) > 1 and program.parts.over_time in ("groups", "causal")
         cache_bytes = _cache_bytes(program, shape) if cached else 0
         plans.append(
@@ -98,12 +98,16 @@ def plan_decode(
             )
         )
     fitting = [plan for plan in plans if plan.peak_bytes <= budget]
-    if not fitting:
-        return min(plans, key=lambda plan: plan.peak_bytes)
-    return min(fitting, key=lambda plan: plan.cost(_inners(plan.spans, shape)))
+    if fitting:
+        chosen = min(fitting, key=lambda plan: plan.cost(_inners(plan.spans, shape)))
+    else:
+        chosen = min(plans, key=lambda plan: plan.peak_bytes)
+    if not streaming:
+        return chosen
+    return max((plan for plan in plans if plan.peak_bytes <= chosen.peak_bytes), key=lambda plan: len(plan.spans))
 
 
-def _ways(module: Any, program: Program, shape: Sequence[int], *, streaming: bool) -> list[tuple[Span, ...]]:
+def _ways(module: Any, program: Program, shape: Sequence[int]) -> list[tuple[Span, ...]]:
     """The ways to cut a clip in time."""
     over_time = program.parts.over_time
     if over_time == "tiles":
@@ -112,8 +116,7 @@ def _ways(module: Any, program: Program, shape: Sequence[int], *, streaming: boo
         return [tuple(group_spans(module, shape[2]))]
     at_once: tuple[Span, ...] = ((0, shape[2]),)
     if over_time == "causal":
-        by_frame = tuple((frame, frame + 1) for frame in range(shape[2]))
-        return [by_frame] if streaming else [at_once, by_frame]
+        return [at_once, tuple((frame, frame + 1) for frame in range(shape[2]))]
     return [at_once]
 
 
@@ -139,7 +142,7 @@ def _cache_bytes(program: Program, shape: Sequence[int]) -> int:
 
 def largest_of_plain(module: Any, program: Program, shape: Sequence[int]) -> int:
     """Elements of the largest activation of an item, as the VAE's own decode makes it."""
-    spans = _ways(module, program, shape, streaming=False)[0]
+    spans = _ways(module, program, shape)[0]
     return max(largest_activation(program, height=shape[-2], inner=inner) for inner in _inners(spans, shape))
 
 
@@ -150,7 +153,7 @@ def _largest(program: Program, shape: Sequence[int], inner: tuple[int, ...]) -> 
 
 def frames_made(module: Any, program: Program, shape: Sequence[int]) -> int:
     """Frames a clip becomes."""
-    spans = [(0, shape[2])] if program.parts.over_time == "tiles" else _ways(module, program, shape, streaming=False)[0]
+    spans = [(0, shape[2])] if program.parts.over_time == "tiles" else _ways(module, program, shape)[0]
     sizes = [result_size(program, height=shape[-2], inner=inner)[1][0] for inner in _inners(spans, shape)]
     return sum(sizes) - frames_dropped(module, sum(sizes))
 

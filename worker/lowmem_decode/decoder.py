@@ -7,6 +7,7 @@ Clips are decoded in the pieces of time that `decode_plan` says: the activations
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from worker.lowmem_decode.decode_plan import (
     plan_decode,
 )
 from worker.lowmem_decode.frame_caches import FrameCaches
-from worker.lowmem_decode.host_memory import expect_strips, give_back, probe
+from worker.lowmem_decode.host_memory import give_back, probe, strips_in_heap
 from worker.lowmem_decode.item_decode import ItemDecode
 from worker.lowmem_decode.structure import read
 from worker.lowmem_decode.structure_checks import UnsupportedStructure
@@ -66,7 +67,7 @@ def decode(
         RuntimeError: out of memory; on a CPU with a limit of its address space before anything is run.
     """
     run = _Run(module, z, lean=lean, strip_rows=strip_rows, on_progress=on_progress)
-    with torch.inference_mode():
+    with run.host_memory(), torch.inference_mode():
         picture = run.picture(z)
         for item, out in zip(torch.split(z, 1), torch.split(picture, 1), strict=True):
             run.into(item, out)
@@ -92,7 +93,7 @@ def stream(module: Any, z: torch.Tensor, *, lean: bool = False) -> Generator[tor
     Raises:
         Exception: as `decode`.
     """
-    return _Run(module, z, lean=lean, streaming=True).groups(z)
+    return _Run(module, z, lean=lean, streaming=True).streamed(z)
 
 
 def working_bytes(module: Any, shape: Sequence[int], dtype: torch.dtype, *, lean: bool = False) -> int:
@@ -144,7 +145,10 @@ class _Run:
         self._on_host = z.device.type == "cpu"
         if self._on_host:
             probe(self._plan.peak_bytes)
-            expect_strips(self._plan.strip_bytes)
+
+    def host_memory(self) -> contextlib.AbstractContextManager[None]:
+        """How the host's memory is managed while this runs."""
+        return strips_in_heap(self._plan.strip_bytes) if self._on_host else contextlib.nullcontext()
 
     def picture(self, z: torch.Tensor) -> torch.Tensor:
         """Where what these latents become is to lie."""
@@ -163,6 +167,17 @@ class _Run:
         for frames in self.groups(item):
             out[:, :, first : first + frames.shape[2]] = frames
             first += frames.shape[2]
+
+    def streamed(self, item: torch.Tensor) -> Generator[torch.Tensor, None, None]:
+        """The same groups whether the frames go through together or apart: what each latent frame, or tile, becomes."""
+        with self.host_memory():
+            for group in self.groups(item):
+                if self._program.parts.over_time != "causal" or len(self._plan.spans) > 1:
+                    yield group
+                    continue
+                _, (each, _) = result_size(self._program, height=1, inner=(1, 1))
+                first = each - frames_dropped(self._module, each)
+                yield from torch.split(group, [first, *[each] * ((group.shape[2] - first) // each)], dim=2)
 
     def groups(self, item: torch.Tensor) -> Generator[torch.Tensor, None, None]:
         """The frames of one clip (1, C, f, h, w), in groups."""

@@ -12,10 +12,12 @@ mapped.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,13 +26,14 @@ import torch
 #: Of malloc.h.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
-#: The largest value glibc takes for it.
+#: The largest value glibc takes for it, to which it raises it by itself once so large a block was freed; and the
+#: memory it keeps at the end of the heap then.
 LARGEST_IN_HEAP_BYTES: Final = 32 << 20
+_USUALLY_KEPT_BYTES: Final = 2 * LARGEST_IN_HEAP_BYTES
 #: Free memory at the end of the heap that stays there until `give_back`: all strips of a step.
 _KEPT_BYTES: Final = 512 << 20
-#: The process may grow by so many strips, within these bounds, before free memory of the heap goes back.
-_GROWN_STRIPS: Final = 4
-_GROWN_BYTES: Final = (2 << 20, 16 << 20)
+#: A process may grow by this at least before it looks for free memory in its heap.
+_GROWN_BYTES: Final = 2 << 20
 #: Blocks from here on are mapped where the address space is limited.
 _MAPPED_BYTES: Final = 1 << 20
 #: What a decode takes on a CPU besides its activations: oneDNN's and the BLAS's own buffers, code they generate.
@@ -49,17 +52,35 @@ def _libc() -> Any | None:
     return libc
 
 
-def expect_strips(strip_bytes: int) -> None:
-    """From now on, in the whole process, blocks well above a strip are mapped, and smaller ones reused.
+@contextlib.contextmanager
+def strips_in_heap(strip_bytes: int) -> Iterator[None]:
+    """For a block of code, in the whole process: what is well above a strip is mapped, what is smaller is reused.
 
-    All are mapped where the address space is limited.
+    All is mapped where the address space is limited, and stays so. Afterwards free memory goes back, and malloc keeps
+    what it comes to keep by itself: plain decodes would fault in every activation anew.
     """
     libc = _libc()
-    if libc is not None:
-        limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-        mapped = _MAPPED_BYTES if limited else min(LARGEST_IN_HEAP_BYTES, max(_MAPPED_BYTES, 2 * strip_bytes))
-        libc.mallopt(_M_MMAP_THRESHOLD, mapped)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    if libc is None:
+        yield
+        return
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    mapped = _MAPPED_BYTES if limited else min(LARGEST_IN_HEAP_BYTES, max(_MAPPED_BYTES, 2 * strip_bytes))
+    give_back()  # what a plain decode left
+    libc.mallopt(_M_MMAP_THRESHOLD, mapped)
+    libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    try:
+        yield
+    finally:
+        if not limited:
+            libc.mallopt(_M_MMAP_THRESHOLD, _asked_for("MALLOC_MMAP_THRESHOLD_") or LARGEST_IN_HEAP_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _asked_for("MALLOC_TRIM_THRESHOLD_") or _USUALLY_KEPT_BYTES)
+        give_back()
+
+
+def _asked_for(name: str) -> int | None:
+    """What the environment tells glibc's malloc; None where it is silent."""
+    told = os.environ.get(name, "")
+    return int(told) if told.isascii() and told.isdigit() else None
 
 
 def give_back() -> None:
@@ -76,9 +97,11 @@ class Growth:
     a strip with each.
     """
 
-    def __init__(self, strip_bytes: int) -> None:
-        least, most = _GROWN_BYTES
-        self._most = min(most, max(least, _GROWN_STRIPS * strip_bytes))
+    def __init__(self, most_bytes: int) -> None:
+        """Args:
+        most_bytes: by which it may grow.
+        """
+        self._most = max(_GROWN_BYTES, most_bytes)
         self._before = _resident()
 
     def give_back(self) -> None:

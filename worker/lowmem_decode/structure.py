@@ -66,6 +66,7 @@ def read(vae: Any) -> Program:
         raise UnsupportedStructure(f"no low-memory decoder for {type(vae).__name__}")
     for name in ("decode", "_decode", "forward"):
         require(name not in vars(vae), f"{name} of the VAE was replaced")
+    require(not getattr(vae, "use_tiling", False), "the VAE is set to decode in tiles")
     require(not vae.decoder.training or not drops(vae.decoder), "the VAE is in training mode and drops activations")
     for name, module in vae.decoder.named_modules():
         untouched(module, f"decoder.{name}")

@@ -10,13 +10,14 @@ has more frames than rows: arithmetic chooses (`memory`).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from worker.lowmem_decode.host_memory import Growth, expect_strips, give_back, probe
+from worker.lowmem_decode.host_memory import Growth, probe, strips_in_heap
 from worker.lowmem_decode.pixel_norm.attention import AttentionRun
 from worker.lowmem_decode.pixel_norm.kernels import pointwise
 from worker.lowmem_decode.pixel_norm.memory import (
@@ -120,19 +121,19 @@ def _groups(
     """(1, C, f, h, w) to groups (1, 3, n, H, W)."""
     with torch.inference_mode():
         arrangement = arrange(program, z.shape[2:], strip_rows=strip_rows)
-        if z.device.type == "cpu":
+        on_host = z.device.type == "cpu"
+        if on_host:
             probe(arrangement.held_bytes + arrangement.group_bytes)
-            expect_strips(arrangement.strip_bytes)
-        groups = _ClipDecode(program, arrangement, frames=z.shape[2], on_progress=on_progress).run(z[0])
-    while True:
-        with torch.inference_mode():  # not around the yield: the caller's mode is its own
-            group = next(groups, None)
-        if group is None:
-            break
-        yield group[None]
-        del group
-    if z.device.type == "cpu":
-        give_back()
+    with strips_in_heap(arrangement.strip_bytes) if on_host else contextlib.nullcontext():
+        with torch.inference_mode():
+            groups = _ClipDecode(program, arrangement, frames=z.shape[2], on_progress=on_progress).run(z[0])
+        while True:
+            with torch.inference_mode():  # not around the yield: the caller's mode is its own
+                group = next(groups, None)
+            if group is None:
+                break
+            yield group[None]
+            del group
 
 
 def _by_latent_frame(program: Program, group: torch.Tensor, *, whole: bool) -> Sequence[torch.Tensor]:
@@ -162,7 +163,7 @@ class _ClipDecode:
             AttentionRun(block, frames=frames, score_bytes=arrangement.score_bytes) for block in program.attentions
         ]
         on_host = program.device.type == "cpu"
-        self._before_conv = Growth(arrangement.strip_bytes).give_back if on_host else lambda: None
+        self._before_conv = Growth(arrangement.spare_bytes).give_back if on_host else lambda: None
 
     def run(self, latent: torch.Tensor) -> Iterator[torch.Tensor]:
         """(C, f, h, w) to groups (3, n, H, W)."""

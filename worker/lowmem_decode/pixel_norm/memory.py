@@ -18,6 +18,10 @@ _STRIP_CPU_BYTES: Final = 16 << 20
 _STRIPS_HELD: Final = 7
 #: Forms of a convolution's weights at once besides their own: ours, and what the library behind it makes of that.
 _FORMS: Final = 2
+#: Free memory that may stay in a heap, as a part of the largest activation, and at most: pages that go back are faulted
+#: in again.
+_SPARE: Final = 4
+_SPARE_BYTES: Final = 64 << 20
 #: Memory of attention scores, as a part of the largest activation.
 _SCORES: Final = 8
 
@@ -38,6 +42,8 @@ class Arrangement:
     held_bytes: int
     #: Of the result, for one group.
     group_bytes: int
+    #: Free memory that a heap may keep besides.
+    spare_bytes: int
 
     def rows(self, row_bytes: int) -> int:
         """Rows of a strip whose rows take so many bytes."""
@@ -181,13 +187,15 @@ def _with_groups_of(program: Program, shape: Sequence[int], count: int, strip_ro
     held += _stored(program, count, frames, height * width, score_bytes=score_bytes)
     patches = program.patches
     pixels = walk.frames * walk.height * walk.width * patches.frames * patches.factor**2
+    held_bytes = held * itemsize + max(strip_bytes, walk.widest_row * itemsize) * _STRIPS_HELD
+    held_bytes += walk.part_bytes * _FORMS
+    group_bytes = pixels * patches.channels(walk.channels) * itemsize
     return Arrangement(
         frames_per_group=count,
         strip_bytes=strip_bytes,
         strip_rows=strip_rows,
         score_bytes=score_bytes,
-        held_bytes=(
-            held * itemsize + max(strip_bytes, walk.widest_row * itemsize) * _STRIPS_HELD + walk.part_bytes * _FORMS
-        ),
-        group_bytes=pixels * patches.channels(walk.channels) * itemsize,
+        held_bytes=held_bytes,
+        group_bytes=group_bytes,
+        spare_bytes=min(_SPARE_BYTES, largest // _SPARE),
     )
