@@ -23,10 +23,15 @@ from worker.lowmem_decode.steps import Attention, Program, Resnet, Step, Upsampl
 #: on a CPU libraries and heap add some 3 %.
 _BUDGET: Final = 1.55
 _LEAN_BUDGET: Final = 1.0
-#: A strip is such a part of the largest activation, and several are held at once: the largest ones that fit this part
-#: of the budget and let as much be stored as the smallest, which are the last resort.
-_STRIPS: Final = (64, 128)
-_LARGER_STRIPS_BUDGET: Final = 0.85
+#: A strip is such a part of the largest activation, and several are held at once: large ones where they fit this part
+#: of the budget and let as much be stored as the usual ones.
+_LARGE_STRIPS: Final = 64
+_LARGE_STRIPS_BUDGET: Final = 0.85
+_USUAL_STRIPS: Final = 128
+#: Slower by a fifth, so only where they keep all that is held, the result included, within such a part of the largest
+#: activation, and usual ones do not: of a VAE with few channels the result is much.
+_SMALL_STRIPS: Final = 256
+_WITH_RESULT: Final = 1.57
 #: Largest strip on a CPU: several fit a last-level cache, and glibc's heap (see `host_memory`).
 _STRIP_CPU_BYTES: Final = 8 << 20
 #: Memory of attention scores, as a part of the largest activation.
@@ -144,8 +149,8 @@ def arrange(
     """
     largest = largest_activation(program, height=height, inner=inner) * program.dtype.itemsize
     where = places(program, height=height, inner=inner)
-    ways = []
-    for strips in _STRIPS:
+
+    def way(strips: int) -> Arrangement:
         strip_bytes = max(1, largest // strips)
         if program.device.type == "cpu":
             strip_bytes = min(strip_bytes, _STRIP_CPU_BYTES)
@@ -157,12 +162,21 @@ def arrange(
             peak_bytes=0,
             costs=(),
         )
-        ways.append(_stored(program, draft, where, budget=budget))
-    *larger, smallest = ways
+        return _stored(program, draft, where, budget=budget)
+
+    large, usual, small = (way(strips) for strips in (_LARGE_STRIPS, _USUAL_STRIPS, _SMALL_STRIPS))
+    result = _result_bytes(program, height=height, inner=inner)
+    if usual.peak_bytes + result > _WITH_RESULT * largest >= small.peak_bytes + result:
+        usual = min((usual, small), key=lambda each: (sum(each.costs), each.peak_bytes))
     # strips of a piece are by its own size, though it may have room to spare
-    room = min(budget, budget_bytes(largest, lean=False)) * _LARGER_STRIPS_BUDGET
-    fitting = [way for way in larger if way.peak_bytes <= room]
-    return min((*fitting, smallest), key=lambda way: sum(way.costs))
+    room = min(budget, budget_bytes(largest, lean=False)) * _LARGE_STRIPS_BUDGET
+    return usual if large.peak_bytes > room else min((large, usual), key=lambda each: sum(each.costs))
+
+
+def _result_bytes(program: Program, *, height: int, inner: tuple[int, ...]) -> int:
+    """Bytes of what latents of this size become."""
+    height, inner = result_size(program, height=height, inner=inner)
+    return height * math.prod(inner) * program.parts.head.channels * program.dtype.itemsize
 
 
 def _stored(program: Program, draft: Arrangement, where: list[Place], *, budget: int) -> Arrangement:
