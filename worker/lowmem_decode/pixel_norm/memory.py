@@ -20,8 +20,8 @@ _STRIPS_HELD: Final = 7
 _FORMS: Final = 2
 #: Free memory that may stay in a heap, as a part of the largest activation, and at most: pages that go back are faulted
 #: in again.
-_SPARE: Final = 4
-_SPARE_BYTES: Final = 64 << 20
+_SPARE: Final = 2
+_SPARE_BYTES: Final = 256 << 20
 #: Memory of attention scores, as a part of the largest activation.
 _SCORES: Final = 8
 
