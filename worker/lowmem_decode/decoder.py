@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from worker.lowmem_decode.arrangement import Arrangement, result_size
+from worker.lowmem_decode.arrangement import Arrangement, budget_bytes, result_size
 from worker.lowmem_decode.decode_plan import (
     frames_dropped,
     frames_made,
@@ -140,6 +140,8 @@ class _Run:
         if strip_rows is not None and strip_rows < 1:
             raise ValueError(f"strip_rows={strip_rows} is not at least 1")
         self._plan = plan_decode(module, program, z.shape, lean=lean, strip_rows=strip_rows, streaming=streaming)
+        budget = budget_bytes(largest_of_plain(module, program, z.shape) * program.dtype.itemsize, lean=lean)
+        self._spare_bytes = max(0, budget - self._plan.peak_bytes) // 2
         inners = [(end - start, z.shape[4]) if self._is_clip else (z.shape[3],) for start, end in self._plan.spans]
         self._progress = _Progress(self._plan.cost(inners) * len(z), on_progress)
         self._on_host = z.device.type == "cpu"
@@ -148,7 +150,11 @@ class _Run:
 
     def host_memory(self) -> contextlib.AbstractContextManager[None]:
         """How the host's memory is managed while this runs."""
-        return strips_in_heap(self._plan.strip_bytes) if self._on_host else contextlib.nullcontext()
+        return (
+            strips_in_heap(self._plan.strip_bytes, spare_bytes=self._spare_bytes)
+            if self._on_host
+            else contextlib.nullcontext()
+        )
 
     def picture(self, z: torch.Tensor) -> torch.Tensor:
         """Where what these latents become is to lie."""

@@ -40,6 +40,10 @@ _MAPPED_BYTES: Final = 1 << 20
 _ASIDE_BYTES: Final = 16 << 20
 
 
+#: What the decodes that run now may let the process grow by.
+_spare: Final[list[int]] = []
+
+
 @functools.cache
 def _libc() -> Any | None:
     """The C library; None where it is not glibc."""
@@ -53,11 +57,15 @@ def _libc() -> Any | None:
 
 
 @contextlib.contextmanager
-def strips_in_heap(strip_bytes: int) -> Iterator[None]:
+def strips_in_heap(strip_bytes: int, *, spare_bytes: int = 0) -> Iterator[None]:
     """For a block of code, in the whole process: what is well above a strip is mapped, what is smaller is reused.
 
     All is mapped where the address space is limited, and stays so. Afterwards free memory goes back, and malloc keeps
     what it comes to keep by itself: plain decodes would fault in every activation anew.
+
+    Args:
+        strip_bytes: of the largest strip.
+        spare_bytes: by which the process may grow, though strips alone would not let it, before free memory goes back.
     """
     libc = _libc()
     if libc is None:
@@ -66,11 +74,13 @@ def strips_in_heap(strip_bytes: int) -> Iterator[None]:
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     mapped = _MAPPED_BYTES if limited else min(LARGEST_IN_HEAP_BYTES, max(_MAPPED_BYTES, 2 * strip_bytes))
     give_back()  # what a plain decode left
+    _spare.append(spare_bytes)
     libc.mallopt(_M_MMAP_THRESHOLD, mapped)
     libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
     try:
         yield
     finally:
+        _spare.remove(spare_bytes)
         if not limited:
             libc.mallopt(_M_MMAP_THRESHOLD, _asked_for("MALLOC_MMAP_THRESHOLD_") or LARGEST_IN_HEAP_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _asked_for("MALLOC_TRIM_THRESHOLD_") or _USUALLY_KEPT_BYTES)
@@ -101,7 +111,7 @@ class Growth:
         """Args:
         most_bytes: by which it may grow.
         """
-        self._most = max(_GROWN_BYTES, most_bytes)
+        self._most = max(_GROWN_BYTES, most_bytes, min(_spare, default=0))
         self._before = _resident()
 
     def give_back(self) -> None:
