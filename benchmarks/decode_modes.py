@@ -1,8 +1,9 @@
 """Time and memory of the ways to decode: `python -m benchmarks.decode_modes`. Every family that decodes in low memory.
 
 Each figure is of a process of its own, as `latentq bench` measures it. Modes of a case take turns, the fastest of its
-rounds counts, and figures are stored one case at a time. docs/decode-speed.md is written from them
-(`python -m tools.decode_speed_page`). On a CPU sizes are such that a decode takes some minutes at most.
+rounds counts, and figures are stored one case at a time, each with the machine and commit it is of.
+docs/decode-speed.md is written from them (`python -m tools.decode_speed_page`). On a CPU sizes are such that a decode
+takes some minutes at most.
 """
 
 from __future__ import annotations
@@ -90,9 +91,9 @@ def main(device: torch.device, vaes: Sequence[str]) -> list[dict[str, Any]]:
     for case in CASES[device.type]:
         if case.vae not in vaes:
             continue
-        rows += measured(case, device=device)
+        rows += [row | {"on": around} for row in measured(case, device=device)]
         rows.sort(key=lambda row: order.index(row["vae"]))
-        path.write_text(json.dumps({"figures": rows, **around}, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({"figures": rows}, indent=2) + "\n", encoding="utf-8")
         print("\n".join(table(rows)), flush=True)
     return rows
 

@@ -23,16 +23,19 @@ _MARKS: Final = ("<!-- figures: written by `python -m tools.decode_speed_page` -
 
 
 def figures() -> str:
-    """The tables, one for each kind of device."""
+    """The tables, one for each machine and commit."""
     parts = []
     for kind, path in RESULTS.items():
         if not path.is_file():
             parts.append(f"**{kind}**: not measured yet.")
             continue
-        found = json.loads(path.read_text(encoding="utf-8"))
-        torch_version = found["versions"]["torch"]
-        parts.append(f"**{kind}**: {found['device']}, {found['threads']} threads, torch {torch_version}.")
-        parts.append("\n".join(_table(found["figures"])))
+        by_machine: dict[str, list[Mapping[str, Any]]] = {}
+        for row in json.loads(path.read_text(encoding="utf-8"))["figures"]:
+            on = row["on"]
+            machine = f"{on['device']}, {on['threads']} threads, torch {on['versions']['torch']}, {on['at'][:10]}"
+            by_machine.setdefault(f"{machine}, commit {on['commit'][:7]}", []).append(row)
+        for machine, rows in by_machine.items():
+            parts += [f"**{kind}**: {machine}.", "\n".join(_table(rows))]
     return "\n\n".join(parts)
 
 
