@@ -107,9 +107,9 @@ class Growth:
     a strip with each.
     """
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: int = 0) -> None:
         """Args:
-        most_bytes: by which it may grow.
+        most_bytes: by which it may grow, where the decodes that run now do not let it grow by more.
         """
         self._most = max(_GROWN_BYTES, most_bytes, min(_spare, default=0))
         self._before = _resident()

@@ -124,7 +124,8 @@ def _groups(
         on_host = z.device.type == "cpu"
         if on_host:
             probe(arrangement.held_bytes + arrangement.group_bytes)
-    with strips_in_heap(arrangement.strip_bytes) if on_host else contextlib.nullcontext():
+    spare = arrangement.spare_bytes
+    with strips_in_heap(arrangement.strip_bytes, spare_bytes=spare) if on_host else contextlib.nullcontext():
         with torch.inference_mode():
             groups = _ClipDecode(program, arrangement, frames=z.shape[2], on_progress=on_progress).run(z[0])
         while True:
@@ -163,7 +164,7 @@ class _ClipDecode:
             AttentionRun(block, frames=frames, score_bytes=arrangement.score_bytes) for block in program.attentions
         ]
         on_host = program.device.type == "cpu"
-        self._before_conv = Growth(arrangement.spare_bytes).give_back if on_host else lambda: None
+        self._before_conv = Growth().give_back if on_host else lambda: None
 
     def run(self, latent: torch.Tensor) -> Iterator[torch.Tensor]:
         """(C, f, h, w) to groups (3, n, H, W)."""
