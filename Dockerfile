@@ -11,7 +11,7 @@ RUN python -m venv /opt/latentq
 WORKDIR /build
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir broker_config producer worker \
-    && pip install -c constraints.txt .
+    && pip install -c constraints.txt '.[s3]'
 
 FROM build AS build-base
 COPY broker_config broker_config
@@ -22,7 +22,7 @@ RUN pip install --no-deps --force-reinstall .
 FROM build AS build-worker
 # Another index to look for torch in, e.g. one with CPU builds. It stays in this stage.
 ARG PIP_EXTRA_INDEX_URL=""
-RUN pip install -c constraints.txt '.[worker]'
+RUN pip install -c constraints.txt '.[worker,s3]'
 COPY broker_config broker_config
 COPY producer producer
 COPY worker worker

@@ -23,6 +23,8 @@ REDIS_STORE: Final = "redis"
 #: Blobs up to this size travel with the script that takes ownership of them: one round trip, and no moment at which
 #: they lie in the broker unowned. Above it a script would hold the broker for more than a millisecond.
 INLINE_BYTES: Final = 1 << 20
+#: Most bytes of a value in the broker: Redis closes the connection on which a longer one comes (`proto-max-bulk-len`).
+LARGEST_BYTES: Final = 512 << 20
 
 
 class BlobStore(Protocol):

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import redis
 from redis._parsers import Encoder
@@ -118,6 +118,7 @@ def connect_url(url: str, *, name: str, retries: int = 3) -> Connections:
         )
 
     try:
+        _check_login(url)
         return Connections(
             url=redact(url),
             commands=client(timeout_s=COMMAND_TIMEOUT_S, tries=retries),
@@ -127,10 +128,10 @@ def connect_url(url: str, *, name: str, retries: int = 3) -> Connections:
             blocking=client(timeout_s=_BLOCKING_TIMEOUT_S, tries=0),
             bell=client(timeout_s=_BELL_TIMEOUT_S, tries=0),
         )
-    except ValueError as error:
+    except ValueError:  # its text may hold parts of a password
         raise ConfigurationError(
-            f"LATENTQ_REDIS_URL {redact(url)!r} is not a broker URL ({error}): use redis://host:6379/0, "
-            "rediss://… or unix:///path"
+            f"LATENTQ_REDIS_URL {redact(url)!r} is not a broker URL: use redis://host:6379/0, rediss://… or "
+            "unix:///path, and in a user name or password %2F for /, %23 for #, %3F for ?, %40 for @, %5B for ["
         ) from None
 
 
@@ -139,11 +140,23 @@ def _blob_packer() -> PythonRespSerializer:
     return PythonRespSerializer(_PACKED_BYTES, Encoder("utf-8", "strict", decode_responses=False).encode)
 
 
-def redact(url: str) -> str:
-    """`url` without user name, password and query."""
+def _check_login(url: str) -> None:
+    """Raises ValueError where a password ends the host by a sign of its own: another server would be asked."""
     parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+    rest = url.partition("://")[2]
+    if parts.scheme not in ("redis", "rediss") or "@" not in rest or "@" in parts.netloc:
+        return
+    if "@" in parts.path + parts.fragment + parts.query.partition("=")[0] or not parts.hostname:
+        raise ValueError(url)
+
+
+def redact(url: str) -> str:
+    """`url` without user name, password and query, also where these are not written as a URL has them."""
+    scheme, mark, rest = url.partition("://")
+    address = (rest if mark else url).rpartition("@")[2]
+    for sign in "?#":
+        address = address.partition(sign)[0]
+    return f"{scheme}{mark}{address}" if mark else address
 
 
 @contextlib.contextmanager

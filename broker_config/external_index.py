@@ -40,6 +40,7 @@ from typing import Any, Final, Literal
 from uuid import uuid4
 
 from broker_config import keys
+from broker_config.answers import time_ms
 from broker_config.connection import Connections, broker_errors
 from broker_config.errors import BlobStoreUnavailable
 from broker_config.scripts import source
@@ -104,8 +105,7 @@ class ExternalIndex:
             BlobStoreUnavailable: the broker does not know this store (any more), or answered too late.
         """
         with broker_errors(self._connections.url):
-            seconds, micros = self._connections.commands.time()
-        lapse_ms = int(seconds) * 1000 + int(micros) // 1000 + round(lifetime_s * 1000)
+            lapse_ms = time_ms(self._connections.commands.time()) + round(lifetime_s * 1000)
         word = self._run("reserve", store_id, name, lapse_ms).decode()
         if word == "unknown":
             raise BlobStoreUnavailable(

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from broker_config import keys
+from broker_config.answers import pipelined, text, time_ms
 from broker_config.connection import Connections, broker_errors
-from broker_config.queue_report import Totals, pipelined, text, time_ms, totals_of
+from broker_config.queue_report import Totals, totals_of
 
 _SCAN_COUNT: Final = 1000
 #: A job younger than this in its state may be between two commands of someone's tool (as worker/janitor.py).

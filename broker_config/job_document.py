@@ -9,9 +9,11 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
+from broker_config.job_record import JobSnapshot
+from broker_config.job_status import JobStatus
 from broker_config.keys import Priority
 from broker_config.latent_geometry import LatentLayout
-from broker_config.messages import JobSnapshot, JobStatus, Mode, Output
+from broker_config.messages import Mode, Output
 
 
 def moment_text(at: datetime) -> str:

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from broker_config import keys
+from broker_config.answers import pipelined, readable, text, time_ms
 from broker_config.connection import Connections, broker_errors
 from broker_config.errors import InvalidOption, UnsupportedMessage
-from broker_config.messages import DecodeRequest, JobStatus
-from broker_config.queue_report import QueueReport, pipelined, text, time_ms
+from broker_config.job_status import JobStatus
+from broker_config.messages import DecodeRequest
+from broker_config.queue_report import QueueReport
 
 #: Where jobs of a state are listed: RQ's registry; None: the queue itself.
 _LISTS: Final = {
@@ -159,12 +161,12 @@ class JobList:
             for job_id in job_ids:
                 pipe.hmget(keys.job(job_id), *_FIELDS)
                 pipe.lindex(keys.attempts(job_id), -1)
-            now, *answers = pipe.execute()
+            now, *answers = readable(pipe)
         now_ms = time_ms(now)
         return [
             _row(job_id, values, error, now_ms=now_ms)
             for job_id, values, error in zip(job_ids, answers[::2], answers[1::2], strict=True)
-            if values[0] is not None
+            if values is not None and values[0] is not None
         ]
 
     def _few(self, status: JobStatus | None, *, vae: str | None) -> list[str] | None:
@@ -222,7 +224,7 @@ class JobList:
                 before = chunk[-1]
 
     def _forget(self, job_ids: Sequence[str]) -> None:
-        """Takes off the index whose records someone deleted."""
+        """Takes off the index whose records someone deleted or wrote over."""
         if job_ids:
             with broker_errors(self._connections.url):
                 self._connections.commands.zrem(keys.SUBMITTED, *job_ids)

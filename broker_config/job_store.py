@@ -12,38 +12,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from broker_config import keys, rq_format
+from broker_config.admission import admitted, limits, reserved_bytes
+from broker_config.answers import pipelined, readable, text, time_ms
 from broker_config.blob_store import address
+from broker_config.claims import Claim, Outcome, Reaped, Renewal
 from broker_config.connection import BELL_BLOCK_S, Connections, broker_errors
-from broker_config.errors import (
-    BlobMissing,
-    JobConflict,
-    JobNotFound,
-    QueueFull,
-    StartDeadlinePassed,
-    UnsupportedMessage,
-    WebhookSecretMissing,
-    WorkerCrashed,
-)
-from broker_config.messages import SCHEMA_VERSION, DecodeRequest, DecodeResult, JobSnapshot, JobStatus, Mode
+from broker_config.decode_result import DecodeResult
+from broker_config.errors import JobNotFound, StartDeadlinePassed, WorkerCrashed
+from broker_config.job_record import JobSnapshot, decoded, record_fields, snapshot_of
+from broker_config.job_status import JobStatus
+from broker_config.messages import SCHEMA_VERSION, DecodeRequest, Mode
 from broker_config.scripts import source
 from broker_config.settings import Settings
-from broker_config.webhook_record import outbox_bytes, record_of, webhook_limits
 from broker_config.webhook_secrets import entries_of
 
 #: How far behind the head of a queue a claim looks for jobs of the same bucket.
 CLAIM_WINDOW: Final = 64
 #: Latents up to this size come along with their claim: a 1024² picture's in half precision, with its header.
 ALONG_BYTES: Final = 136_000
-#: Bytes a picture may take once encoded, for admission: a PNG of a photograph is 1.5 bytes a pixel, a tensor 12.
-_RESERVE_BYTES_PER_PX: Final = {"tensor": 12.0, "uint8": 3.0, "png": 2.0, "webp": 0.4, "jpg": 0.6, "mp4": 0.1}
-
-#: Outputs with an artifact for each frame.
-_PICTURES: Final = frozenset({"png", "jpg", "webp"})
 
 #: Why a job fails that someone enqueued on our queues with RQ itself, and how long it stays listed unless it says
 #: so itself (RQ's own default is a year).
@@ -52,67 +41,8 @@ _FOREIGN: Final = (
     "with producer.DecodeClient, and enqueue other functions on queues of your own."
 )
 _FOREIGN_TTL_S: Final = 7 * 86_400
-#: How long latents stay that were refused because the queue is full: longer than a patient caller's pause between
-#: two tries, short enough that what is refused cannot fill the broker.
-_REFUSED_S: Final = 10.0
 #: A preview is looked at while its job runs.
 _PREVIEW_MS: Final = 3_600_000
-
-
-class Outcome(StrEnum):
-    """What a worker's word about its attempt came to."""
-
-    COMPLETED = "completed"
-    #: This attempt said so before; nothing changed.
-    ALREADY = "already"
-    #: Another attempt has the job, or it ended otherwise; what we made is not needed.
-    LOST = "lost"
-    #: An artifact is no longer in the broker: store it again, then complete again.
-    ARTIFACT_MISSING = "artifact_missing"
-    RETRYING = "retrying"
-    FAILED = "failed"
-    #: Someone canceled the job meanwhile, so it is not tried again.
-    CANCELED = "canceled"
-
-
-class Claim(NamedTuple):
-    """A job a worker holds."""
-
-    job_id: str
-    #: Identifies the attempt; every later word about it carries it.
-    execution: str
-    message: bytes
-    #: RQ's own data field, which names the function.
-    rq_data: bytes
-    #: 1 for the first attempt.
-    attempt: int
-    crashes: int
-    #: The latents' bytes, unchecked, where they are small and lie in the broker; None: they are to be fetched.
-    latents: bytes | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reaped:
-    """What a look at the leases came to."""
-
-    #: Seconds until leases count again; 0: they count.
-    grace_s: float
-    #: Job id → requeued, crashed (queued again, counted), failed or canceled.
-    jobs: Mapping[str, str]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Renewal:
-    """What a worker says of one job when it renews the lease."""
-
-    job_id: str
-    execution: str
-    #: claimed, ready, device, encode or finish; a worker that dies in `device` counts a crash.
-    stage: str
-    done: int = 0
-    total: int = 0
-    #: False: its stage is told, the lease only extended if less than half of it is left.
-    extend: bool = True
 
 
 class JobStore:
@@ -148,12 +78,12 @@ class JobStore:
             "admit",
             request.job_id,
             request.payload_hash,
-            self._limits(request),
+            limits(request, self.settings),
             size,
-            self._reserved_bytes(request),
+            reserved_bytes(request, self.settings),
             size if in_broker else 0,
         )
-        return self._admitted(answer, request) == "yes"
+        return admitted(answer, request, self.settings) == "yes"
 
     def submit(self, request: DecodeRequest, latents: bytes = b"", *, secrets: Sequence[str] = ()) -> bool:
         """Accepts the job. True if it is new, False if this very job was accepted before.
@@ -170,14 +100,18 @@ class JobStore:
             WebhookSecretMissing: it has a webhook, and nothing to sign it with.
         """
         queue = keys.queue_name(request.vae, request.priority)
-        fields = self._record_fields(request, queue)
-        if request.webhook is not None:
-            fields += ["webhook", record_of(request, self.settings, own_secrets=bool(secrets))]
+        fields = record_fields(
+            request,
+            self.settings,
+            queue=queue,
+            own_secrets=bool(secrets),
+            now_ms=None if request.start_within_s is None else self.now_ms(),
+        )
         answer = self._run(
             "submit",
             request.job_id,
             request.payload_hash,
-            self._limits(request),
+            limits(request, self.settings),
             address(request.latents),
             latents,
             entries_of(secrets),
@@ -185,73 +119,17 @@ class JobStore:
             *fields,
             *rq_format.job_fields(request, queue=queue, connection=self.connections.commands),
         )
-        return self._admitted(answer, request) == "accepted"
+        return admitted(answer, request, self.settings) == "accepted"
 
     def full(self) -> str | None:
         """Which limit keeps even the smallest job out now: jobs, latents or memory; None: none does."""
-        answer = self._run("admit", "", "", self._limits(None), 1, 0, 0)
+        answer = self._run("admit", "", "", limits(None, self.settings), 1, 0, 0)
         return answer[1].decode() if answer[0] == b"full" else None
-
-    def _limits(self, request: DecodeRequest | None) -> str:
-        settings = self.settings
-        return json.dumps(
-            {
-                "jobs": settings.max_pending_jobs,
-                "latents_bytes": settings.max_pending_bytes,
-                "watermark": settings.memory_watermark,
-                "refused_ms": round(_REFUSED_S * 1000),
-            }
-            | ({} if request is None else webhook_limits(request, settings))
-        )
-
-    def _admitted(self, answer: list[bytes], request: DecodeRequest) -> str:
-        """The script's word, if it is not a refusal."""
-        word = answer[0].decode()
-        if word == "conflict":
-            raise JobConflict(
-                f"job id {request.job_id} was already used for other latents or options: use a new id",
-                job_id=request.job_id,
-            )
-        if word == "blob_missing":
-            raise BlobMissing(f"the latents {request.latents.name} are not in the store", job_id=request.job_id)
-        if word == "secret_missing":
-            raise WebhookSecretMissing(field="webhook_secret", job_id=request.job_id)
-        if word == "full":
-            raise _queue_full(answer[1].decode(), request, self.settings)
-        return word
-
-    def _reserved_bytes(self, request: DecodeRequest) -> int:
-        """Room in the broker that is kept free for the job's artifacts."""
-        reserved = request.pixels * _RESERVE_BYTES_PER_PX[request.output]
-        if self.settings.blob_store is not None:  # a larger artifact does not lie in the broker
-            pictures = request.num_frames if request.output in _PICTURES else 1  # a clip as pictures: one a frame
-            reserved = min(reserved, request.batch * pictures * self.settings.blob_threshold_bytes)
-        return round(reserved) + outbox_bytes(request)
-
-    def _record_fields(self, request: DecodeRequest, queue: str) -> list[str | bytes | int | float]:
-        fields: dict[str, str | bytes | int | float] = {
-            "message": request.to_wire(),
-            "rq_queue": queue,
-            "vae": request.vae,
-            "bucket": request.bucket,
-            "px": request.pixels,
-            "blob": address(request.latents),
-            "latents_bytes": request.latents.size_bytes,
-            "reserved_bytes": self._reserved_bytes(request),
-            "schema": request.schema_version,
-            "mode": request.mode or "",
-            "retention_ms": round(request.retention_s * 1000),
-            "tombstone_ms": round(self.settings.tombstone_s * 1000),
-        }
-        if request.start_within_s is not None:
-            fields["deadline_ms"] = self.now_ms() + round(request.start_within_s * 1000)
-        return [part for pair in fields.items() for part in pair]
 
     def now_ms(self) -> int:
         """Milliseconds since the epoch by the broker's clock."""
         with broker_errors(self.connections.url):
-            seconds, micros = self.connections.commands.time()
-        return int(seconds) * 1000 + int(micros) // 1000
+            return time_ms(self.connections.commands.time())
 
     def cancel(self, job_id: str, *, execution: str = "") -> str:
         """Cancels a job: `canceled`, `requested` (it is running), or the terminal state it already has.
@@ -288,25 +166,22 @@ class JobStore:
 
     def find(self, job_ids: Sequence[str]) -> dict[str, JobSnapshot]:
         """Those of these jobs that exist, in one round trip, by id."""
-        with (
-            broker_errors(self.connections.url),
-            self.connections.commands.pipeline(transaction=False) as pipe,
-        ):
+        with pipelined(self.connections) as pipe:
             for job_id in job_ids:
                 pipe.hgetall(keys.job(job_id))
                 pipe.lrange(keys.attempts(job_id), 0, -1)
             pipe.time()
-            *answers, (seconds, micros) = pipe.execute()
-        now_ms = int(seconds) * 1000 + int(micros) // 1000
+            *answers, now = readable(pipe)
+        now_ms = time_ms(now)
         rows = [
-            (job_id, _decode(raw), errors)
+            (job_id, decoded(raw or {}), errors or [])
             for job_id, raw, errors in zip(job_ids, answers[::2], answers[1::2], strict=True)
         ]
         rows = [row for row in rows if "state" in row[1]]
         ended = {record["state"] for _, record, _ in rows if JobStatus(record["state"]).is_terminal}
         served = self.served({record["vae"] for _, record, _ in rows if record["state"] not in ended}, now_ms=now_ms)
         return {
-            job_id: _snapshot(
+            job_id: snapshot_of(
                 job_id, record, errors, served=record["state"] in ended or record["vae"] in served, now_ms=now_ms
             )
             for job_id, record, errors in rows
@@ -318,13 +193,10 @@ class JobStore:
         Raises:
             JobNotFound: one of them does not exist.
         """
-        with (
-            broker_errors(self.connections.url),
-            self.connections.commands.pipeline(transaction=False) as pipe,
-        ):
+        with pipelined(self.connections) as pipe:
             for job_id in job_ids:
                 pipe.hget(keys.job(job_id), "state")
-            states = pipe.execute()
+            states = readable(pipe)
         for job_id, state in zip(job_ids, states, strict=True):
             if state is None:
                 raise _not_found(job_id)
@@ -341,10 +213,7 @@ class JobStore:
         if not names:
             return set()
         now = self.now_ms() if now_ms is None else now_ms
-        with (
-            broker_errors(self.connections.url),
-            self.connections.commands.pipeline(transaction=False) as pipe,
-        ):
+        with pipelined(self.connections) as pipe:
             for vae in names:
                 pipe.zcount(keys.serving(vae), now, "+inf")
             counts = pipe.execute()
@@ -540,72 +409,8 @@ class JobStore:
         with broker_errors(self.connections.url):
             cursor, found = self.connections.commands.scan(cursor, match=keys.job("*"), count=count)
         prefix = len(keys.job(""))
-        return int(cursor), [_text(key)[prefix:] for key in found]
-
-
-def _queue_full(reason: str, request: DecodeRequest, settings: Settings) -> QueueFull:
-    limit = {
-        "jobs": f"{settings.max_pending_jobs} jobs are pending (LATENTQ_MAX_PENDING_JOBS)",
-        "latents": f"pending latents fill {settings.max_pending_bytes} bytes (LATENTQ_MAX_PENDING_BYTES)",
-        "webhooks": f"{settings.webhook_max_pending} webhooks are pending (LATENTQ_WEBHOOK_MAX_PENDING)",
-        "receiver": f"{settings.webhook_max_pending // 4} webhooks wait for this receiver, a quarter of "
-        "LATENTQ_WEBHOOK_MAX_PENDING",
-        "memory": f"stored and expected bytes fill {settings.memory_watermark:.0%} of the broker's maxmemory",
-    }[reason]
-    return QueueFull(
-        f"the queue is full: {limit}; nothing was stored, submit job {request.job_id} again later",
-        retry_after_s=5.0,
-        job_id=request.job_id,
-    )
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+        return int(cursor), [text(key, errors="replace")[prefix:] for key in found]
 
 
 def _not_found(job_id: str) -> JobNotFound:
     return JobNotFound(f"no job {job_id}: the id is wrong, or its tombstone is gone too", job_id=job_id)
-
-
-def _decode(raw: Mapping[bytes, bytes]) -> dict[str, str]:
-    return {name.decode(): value.decode() for name, value in raw.items()}
-
-
-def _request_of(message: str) -> DecodeRequest | None:
-    """The request, or None where a newer producer wrote it: the job is there all the same."""
-    try:
-        return DecodeRequest.from_wire(message)
-    except UnsupportedMessage:
-        return None
-
-
-def _snapshot(
-    job_id: str, record: Mapping[str, str], errors: Sequence[bytes], *, served: bool, now_ms: int
-) -> JobSnapshot:
-    def number(name: str) -> int:
-        return int(record.get(name) or 0)
-
-    status = JobStatus(record["state"])
-    if status.is_terminal and 0 < number("expires_ms") < now_ms:
-        status = JobStatus.EXPIRED  # due, though the janitor has not come by yet
-    message, result = record.get("message"), record.get("result")
-    return JobSnapshot(
-        job_id=job_id,
-        status=status,
-        vae=record["vae"],
-        request=_request_of(message) if message else None,
-        result=DecodeResult.from_wire(result) if result and status is JobStatus.SUCCEEDED else None,
-        errors=tuple(json.loads(error) for error in errors),
-        attempts=number("attempts"),
-        error_count=number("errors"),
-        crash_count=number("crashes"),
-        submitted_ms=number("submitted_ms"),
-        started_ms=number("started_ms"),
-        ended_ms=number("ended_ms"),
-        expires_ms=number("expires_ms"),
-        progress_done=number("done"),
-        progress_total=number("total"),
-        worker=record.get("worker") or None,
-        cancel_requested=record.get("cancel") == "1",
-        served=served,
-    )

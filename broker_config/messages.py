@@ -1,4 +1,4 @@
-"""What travels: the decode request, the result record, and the states of a job.
+"""What travels: the decode request.
 
 Messages are JSON with a `schema_version`. A worker that meets a newer version parks the job for a newer
 worker (it never fails it); a field a reader does not know is ignored, a field it misses takes its default.
@@ -31,39 +31,6 @@ JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 #: The functions jobs name. Workers look them up in an allow-list; RQ never imports them.
 DECODE_FUNCTION: Final = "worker.handlers.decode"
 ENCODE_FUNCTION: Final = "worker.handlers.encode"
-
-
-class JobStatus(StrEnum):
-    """Where a job is."""
-
-    #: Accepted; waits for a worker (for the first time, or again).
-    QUEUED = "queued"
-    #: A worker holds its lease.
-    PROCESSING = "processing"
-    #: Its artifacts are stored.
-    SUCCEEDED = "succeeded"
-    #: Every attempt it was allowed ended with an error; its latents are retained.
-    FAILED = "failed"
-    #: Someone canceled it before it finished.
-    CANCELED = "canceled"
-    #: Its retention ended: latents and artifacts are gone, the id is remembered.
-    EXPIRED = "expired"
-
-    @property
-    def is_terminal(self) -> bool:
-        """Whether the job has ended (each end is announced once)."""
-        return self not in (JobStatus.QUEUED, JobStatus.PROCESSING)
-
-
-#: Which state follows which, and by whose doing. Tested against the drawing in docs/states.md.
-TRANSITIONS: Final[Mapping[JobStatus, frozenset[JobStatus]]] = {
-    JobStatus.QUEUED: frozenset({JobStatus.PROCESSING, JobStatus.CANCELED, JobStatus.FAILED, JobStatus.SUCCEEDED}),
-    JobStatus.PROCESSING: frozenset({JobStatus.QUEUED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELED}),
-    JobStatus.SUCCEEDED: frozenset({JobStatus.EXPIRED}),
-    JobStatus.FAILED: frozenset({JobStatus.EXPIRED}),
-    JobStatus.CANCELED: frozenset({JobStatus.EXPIRED}),
-    JobStatus.EXPIRED: frozenset(),
-}
 
 
 class Kind(StrEnum):
@@ -328,75 +295,6 @@ def _check_types(known: Mapping[str, tuple[type, ...] | None], wire: Mapping[str
         right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
         if not right or (dict in kinds and not all(isinstance(item, str) for item in value.values())):
             raise UnsupportedMessage(f"the job's message cannot be read: {name} is {value!a:.80}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Artifact:
-    """One encoded image, video or tensor."""
-
-    #: Its bytes.
-    blob: BlobRef
-    #: MIME type.
-    content_type: str
-    #: File extension without dot.
-    extension: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecodeResult:
-    """What a finished job points to, and how it came about."""
-
-    #: One artifact for each item of the batch.
-    artifacts: tuple[Artifact, ...]
-    #: Seconds: wait, fetch, decode, encode, store.
-    timings_s: Mapping[str, float]
-    #: Facts of the decode: vae, weights, dtype, device, mode, batch shared, tiling.
-    decoded_by: Mapping[str, Any]
-
-    def to_wire(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":")).encode()
-
-    @classmethod
-    def from_wire(cls, data: bytes | str) -> Self:
-        wire = json.loads(data)
-        artifacts = tuple(
-            Artifact(blob=BlobRef(**item["blob"]), content_type=item["content_type"], extension=item["extension"])
-            for item in wire["artifacts"]
-        )
-        return cls(artifacts=artifacts, timings_s=wire["timings_s"], decoded_by=wire["decoded_by"])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobSnapshot:
-    """A job as it stood at one moment."""
-
-    job_id: str
-    status: JobStatus
-    vae: str
-    #: None once the job is a tombstone, and where a newer producer wrote a message this process cannot read.
-    request: DecodeRequest | None
-    #: None unless succeeded.
-    result: DecodeResult | None
-    #: Error of each attempt that ended badly, oldest first: `{code, message, attempt, worker, …}`.
-    errors: tuple[Mapping[str, Any], ...]
-    #: How often it was claimed, ended with an error, ended with a dead process.
-    attempts: int
-    error_count: int
-    crash_count: int
-    #: Milliseconds since the epoch by the broker's clock; 0: not yet.
-    submitted_ms: int
-    started_ms: int
-    ended_ms: int
-    expires_ms: int
-    #: Units done and in all (frames, or pictures), where known.
-    progress_done: int
-    progress_total: int
-    #: The worker of the last attempt.
-    worker: str | None
-    #: Whether a cancel was asked for and has not happened yet.
-    cancel_requested: bool
-    #: False when the job has not ended and no live worker serves its VAE (then it waits for one).
-    served: bool
 
 
 def check_job_id(job_id: str) -> str:

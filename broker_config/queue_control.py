@@ -10,8 +10,8 @@ from typing import Final
 from redis.commands.core import Script
 
 from broker_config import keys
+from broker_config.answers import pipelined, text
 from broker_config.connection import Connections, broker_errors
-from broker_config.queue_report import pipelined, text
 from broker_config.scripts import source
 
 #: Jobs canceled in one round trip; each is a script of some thirty commands, a few hundred microseconds.

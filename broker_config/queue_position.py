@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from broker_config import keys
+from broker_config.answers import pipelined
 from broker_config.connection import Connections
-from broker_config.messages import JobSnapshot, JobStatus
-from broker_config.queue_report import pipelined
+from broker_config.job_record import JobSnapshot
+from broker_config.job_status import JobStatus
 
 #: Ids from the head of a queue among which a job is looked for: beyond, the length of the queue stands in.
 _LOOK: Final = 1000

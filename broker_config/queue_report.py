@@ -6,14 +6,14 @@ lists, not the lists. The parts of one report may be some milliseconds apart.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final
 
 from broker_config import keys
+from broker_config.answers import pipelined, readable, text, time_ms
 from broker_config.connection import Connections, broker_errors
 from broker_config.keys import Priority
 
@@ -218,7 +218,7 @@ class QueueReport:
             with self._pipeline() as pipe:
                 for job_id in parked_ids:
                     pipe.hget(keys.job(text(job_id)), "rq_queue")
-                for queue in pipe.execute():
+                for queue in readable(pipe):
                     if queue is not None:
                         parked[text(queue)] = parked.get(text(queue), 0) + 1
         return names, {text(vae) for vae in paused}, parked, time_ms(now)
@@ -229,10 +229,10 @@ class QueueReport:
             for ids in heads:
                 for job_id in ids:
                     pipe.hmget(keys.job(text(job_id)), "state", "submitted_ms")
-            records = iter(pipe.execute())
+            records = iter(readable(pipe))
         oldest = []
         for ids in heads:
-            own = [next(records) for _ in ids]
+            own = [next(records) or (None, None) for _ in ids]
             times = [int(submitted) for state, submitted in own if state == b"queued" and submitted]
             oldest.append(min(times, default=None))
         return oldest
@@ -245,13 +245,6 @@ class QueueReport:
         return pipelined(self._connections)
 
 
-@contextlib.contextmanager
-def pipelined(connections: Connections, *, transaction: bool = False) -> Iterator[Any]:
-    """A pipeline whose errors are ours."""
-    with broker_errors(connections.url), connections.commands.pipeline(transaction=transaction) as pipe:
-        yield pipe
-
-
 def totals_of(raw: Mapping[Any, Any]) -> Totals:
     """The hash of totals, as numbers."""
     return Totals(
@@ -259,16 +252,6 @@ def totals_of(raw: Mapping[Any, Any]) -> Totals:
         latents_bytes=int(raw.get(b"latents_bytes") or 0),
         reserved_bytes=int(raw.get(b"reserved_bytes") or 0),
     )
-
-
-def time_ms(time: tuple[int, int]) -> int:
-    """The broker's answer to TIME, in milliseconds since the epoch."""
-    return int(time[0]) * 1000 + int(time[1]) // 1000
-
-
-def text(value: bytes | str) -> str:
-    """What the driver hands out as bytes."""
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def _worker(name: str, report: bytes, *, seen_s: float) -> WorkerState:

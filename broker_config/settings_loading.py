@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, TypeVar
+import re
+from typing import Annotated, Final, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode
@@ -14,11 +15,14 @@ __all__ = ["Names", "Ports", "load"]
 
 S = TypeVar("S", bound=BaseSettings)
 
+#: An IPv6 address in brackets: an entry, no list.
+_ADDRESS: Final = re.compile(r"\s*\[[0-9a-fA-F]*:")
+
 
 def _split(value: object) -> object:
     if not isinstance(value, str):
         return value
-    if value.lstrip().startswith("["):
+    if value.lstrip().startswith("[") and not _ADDRESS.match(value):
         return tuple(json.loads(value))
     return tuple(part.strip() for part in value.split(",") if part.strip())
 

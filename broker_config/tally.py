@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from broker_config import keys
+from broker_config.answers import pipelined, text, time_ms
 from broker_config.connection import Connections
-from broker_config.queue_report import pipelined, text, time_ms
 
 #: Upper bounds of the histograms in ms; one more slot holds what is above the last.
 BOUNDS_MS: Final = (10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 900_000)

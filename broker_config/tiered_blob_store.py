@@ -66,6 +66,7 @@ class TieredBlobStore:
         self.index = ExternalIndex(connections)
         self._lock = threading.Lock()
         self._opened: OpenedStore | None = None
+        self._unopened: ExternalStore | None = None
 
     def put(self, name: str, data: bytes, *, past_limit: bool = False) -> BlobRef:
         """Stores `data`, provisionally, and says where it lies. Safe to repeat; a repetition may lie elsewhere.
@@ -125,14 +126,17 @@ class TieredBlobStore:
     def link(self, ref: BlobRef, *, lifetime_s: float) -> str | None:
         """A URL that hands out `ref` for so long, without the gateway; None: where it lies, nobody makes such.
 
+        The external store is not asked: a bucket that hangs must not hold up whoever only points to it.
+
         Raises:
-            BlobStoreUnavailable: the external store does not answer.
-            BrokerUnreachable: the broker does not.
+            BrokerUnreachable: the broker does not answer.
         """
-        if ref.store == REDIS_STORE or self._settings.blob_store is None:
+        if ref.store == REDIS_STORE:
             return None
-        opened = self._open()
-        return opened.store.link(ref.name, lifetime_s=lifetime_s) if opened.id == ref.store else None
+        signer = self._signer()
+        if signer is None or self.index.registered() != (ref.store, signer.url):
+            return None
+        return signer.link(ref.name, lifetime_s=lifetime_s)
 
     def verify(self) -> None:
         """Checks that this process uses the store that the broker knows, and none if it knows none.
@@ -162,8 +166,17 @@ class TieredBlobStore:
             if self._opened is not None:
                 self._opened.store.close()
             self._opened = None
+            if self._unopened is not None:
+                self._unopened.close()
+            self._unopened = None
 
     # Inside ---------------------------------------------------------------------------------------------
+
+    def _signer(self) -> ExternalStore | None:
+        """The external store as the settings name it, which was asked nothing yet."""
+        if self._unopened is None:
+            self._unopened = store_at(self._settings)
+        return self._unopened
 
     def _read_outside(self, ref: BlobRef, span: Span | None = None) -> bytes:
         opened = self._open() if self._settings.blob_store is not None else None

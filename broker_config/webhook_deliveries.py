@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 from uuid import uuid4
 
 from broker_config import keys
+from broker_config.answers import pipelined, text, time_ms
 from broker_config.connection import Connections, broker_errors
 from broker_config.delivery_record import (
     Delivery,
@@ -21,7 +22,6 @@ from broker_config.delivery_record import (
     key_of_delivery,
 )
 from broker_config.errors import DeliveryNotFound, QueueFull
-from broker_config.queue_report import pipelined, text, time_ms
 from broker_config.receiver_url import ReceiverUrl
 from broker_config.scoped_ids import scoped
 from broker_config.scripts import source

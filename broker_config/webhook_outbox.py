@@ -14,8 +14,8 @@ from enum import StrEnum
 from typing import Any, Final, Literal
 
 from broker_config import keys
+from broker_config.answers import text
 from broker_config.connection import BELL_BLOCK_S, Connections, broker_errors
-from broker_config.queue_report import text
 from broker_config.scripts import source
 from broker_config.settings import Settings
 from broker_config.webhooks import WebhookEvent

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from broker_config import keys
+from broker_config.answers import time_ms
 from broker_config.connection import Connections, broker_errors
 from broker_config.errors import InvalidOption
-from broker_config.queue_report import time_ms
 from broker_config.scoped_ids import key_of
 
 PREFIX: Final = "whsec_"

@@ -7,6 +7,7 @@
 >>> job.image().save("picture.png")
 """
 
+from broker_config.decode_result import DecodeResult
 from broker_config.errors import (
     BrokerError,
     InvalidJob,
@@ -16,15 +17,17 @@ from broker_config.errors import (
     QueueFull,
     WaitTimeout,
 )
-from broker_config.messages import DecodeResult, JobSnapshot, JobStatus, Mode, Output
+from broker_config.job_record import JobSnapshot
+from broker_config.job_status import JobStatus
+from broker_config.messages import Mode, Output
 from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeCatalog
 from producer.async_client import AsyncDecodeClient
 from producer.async_job_handle import AsyncJobHandle
 from producer.client import DecodeClient
+from producer.decode_options import DecodeOptions
 from producer.job_handle import JobHandle
 from producer.queued_vae import QueuedVAE
-from producer.submission import DecodeOptions
 
 __all__ = [
     # clients

@@ -200,7 +200,7 @@ class AsyncDecodeClient:
         spool = self.blocking.spool
         if spool is None or not isinstance(attempt, SubmitAttempt):
             await self._hand_over(attempt, block_s=block_s)
-        elif (away := spool.away) is not None:
+        elif (away := spool.away_for(attempt)) is not None:
             await self.transfer(spool.keep, attempt, away)
         else:
             try:

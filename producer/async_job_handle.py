@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from broker_config.decode_result import Artifact, DecodeResult
 from broker_config.errors import WaitTimeout
-from broker_config.messages import Artifact, DecodeResult, JobSnapshot, JobStatus
+from broker_config.job_record import JobSnapshot
+from broker_config.job_status import JobStatus
 from producer.job_handle import PREVIEW_LOOK_S, JobHandle
 
 if TYPE_CHECKING:

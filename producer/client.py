@@ -17,14 +17,16 @@ from broker_config.messages import DecodeRequest, Kind
 from broker_config.settings import Settings, load_settings
 from broker_config.tiered_blob_store import TieredBlobStore
 from broker_config.vae_catalog import VaeCatalog
+from producer.decode_options import DecodeOptions
 from producer.ended_jobs import ended_jobs
 from producer.job_handle import JobHandle
+from producer.option_checks import checked_options, checked_state
 from producer.pipelines import noise_state, options_of
 from producer.pixel_input import ENCODE_OPTIONS, Pictures, build_encode_request, encode_options
 from producer.preview_option import preview_of
 from producer.spool import Spool
 from producer.spool_flush import SpoolingSubmits
-from producer.submission import DecodeOptions, build_request, checked_options, checked_state, new_job_id
+from producer.submission import build_request, new_job_id
 from producer.submit_attempt import LONGEST_PAUSE_S, RedecodeAttempt, SubmitAttempt, latents_gone
 from producer.tensor_input import Latents, TensorFile, read_tensor_file, to_tensor_file
 from producer.webhook_option import own_secrets

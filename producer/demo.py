@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from broker_config.errors import ConfigurationError, WaitTimeout
-from broker_config.messages import JobSnapshot, JobStatus
+from broker_config.job_record import JobSnapshot
+from broker_config.job_status import JobStatus
 from broker_config.settings import load_settings
 from broker_config.tensor_header import read_header
 from producer.client import DecodeClient

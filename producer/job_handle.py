@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from PIL import Image
 
+from broker_config.decode_result import Artifact, DecodeResult
 from broker_config.errors import (
     BlobMissing,
     BrokerUnreachable,
@@ -21,7 +23,8 @@ from broker_config.errors import (
     WaitTimeout,
     WrongOutput,
 )
-from broker_config.messages import Artifact, DecodeResult, JobSnapshot, JobStatus
+from broker_config.job_record import JobSnapshot
+from broker_config.job_status import JobStatus
 from broker_config.tensor_header import read_header
 from producer.quantities import counted
 
@@ -208,9 +211,23 @@ class JobHandle:
     def cancel(self) -> JobStatus:
         """Cancels the job: at once while it is queued, between two stages while it runs.
 
+        A job in the spool of this client is taken out of it, and is unknown afterwards. While the broker does not
+        answer it stays there: it may have been handed over without our hearing of it.
+
         Returns where the job is now: `canceled`, `processing` (asked for), or the state it already ended in.
+
+        Raises:
+            JobNotFound: no such job.
+            BrokerError: the broker does not answer; nothing was canceled.
         """
-        word = self._client.store.cancel(self.id)
+        spool = self._client.spool
+        with spool.spool.withdrawn(self.id) if spool is not None else contextlib.nullcontext(False) as kept:
+            try:
+                word = self._client.store.cancel(self.id)
+            except JobNotFound:
+                if not kept:
+                    raise
+                word = str(JobStatus.CANCELED)
         return JobStatus.PROCESSING if word == "requested" else JobStatus(word)
 
     def redecode(self, **options: Any) -> JobHandle:

@@ -141,6 +141,7 @@ class LocalStack:
                 command += ["--vae", vae]
             if self._device:
                 command += ["--device", self._device]
-            self._supervisor.start(
-                f"worker {number + 1}", command, environment=sharing_cores({**os.environ, **environment})
-            )
+            own = dict(environment)
+            if self._workers > 1 and (name := os.environ.get("LATENTQ_WORKER_NAME")):
+                own["LATENTQ_WORKER_NAME"] = f"{name}-{number + 1}"  # each needs one of its own
+            self._supervisor.start(f"worker {number + 1}", command, environment=sharing_cores({**os.environ, **own}))

@@ -21,7 +21,9 @@ from broker_config.messages import DecodeRequest, Kind, Output
 from broker_config.settings import Settings
 from broker_config.tensor_header import itemsize
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
-from producer.submission import DecodeOptions, check_pixels, checked_options, checked_state, request_of
+from producer.decode_options import DecodeOptions
+from producer.option_checks import check_pixels, checked_options, checked_state
+from producer.submission import request_of
 from producer.tensor_input import TensorFile, check_bytes, to_tensor_file
 
 if TYPE_CHECKING:

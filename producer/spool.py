@@ -193,6 +193,30 @@ class Spool:
         """Removes a file whose job the broker has. Not synced: what comes back after a loss of power is sent again."""
         entry.path.unlink(missing_ok=True)
 
+    @contextlib.contextmanager
+    def withdrawn(self, job_id: str) -> Iterator[bool]:
+        """Takes a job out of the spool once the block ends without an error. Yields whether it is there.
+
+        Nobody hands it over meanwhile; a handing-over that is under way is waited for.
+        """
+        with contextlib.ExitStack() as held:
+            mine = []
+            for path in self.folder.glob(f"{job_id}.*{_SUFFIX}"):
+                try:
+                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    continue
+                held.callback(os.close, descriptor)
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if path.exists():
+                    mine.append(path)
+            yield bool(mine)
+            for path in mine:
+                path.unlink(missing_ok=True)
+            if mine:
+                _sync(self.folder)
+
     def set_aside(self, entry: SpoolEntry, reason: str) -> Path:
         """Moves a file that will never be taken out of the way, with the reason beside it. Nothing is deleted."""
         target = self._aside / entry.path.name

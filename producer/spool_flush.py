@@ -17,7 +17,9 @@ from typing import Final
 
 from broker_config.errors import (
     BlobMissing,
+    BlobStoreUnavailable,
     BrokerError,
+    ConfigurationError,
     InvalidJob,
     JobConflict,
     LatentqError,
@@ -52,8 +54,10 @@ class FlushReport:
     aside: list[tuple[Path, str]] = field(default_factory=list)
     #: Files left where they are for a newer latentq.
     newer: list[Path] = field(default_factory=list)
-    #: Why the flush stopped before the end; None: it did not.
+    #: Why something was left; None: nothing was.
     stopped_by: LatentqError | None = None
+    #: Why the store of large blobs was not asked any more; None: it was.
+    store_away: LatentqError | None = None
 
 
 def flush(spool: Spool, *, store: JobStore, blobs: TieredBlobStore) -> FlushReport:
@@ -62,11 +66,15 @@ def flush(spool: Spool, *, store: JobStore, blobs: TieredBlobStore) -> FlushRepo
     refused = 0
     spool.sweep()
     for entry in spool.entries():
+        if report.store_away is not None and not blobs.lies_in_broker(entry.size_bytes):
+            continue
         with spool.claimed(entry) as mine:
             if not mine:
                 continue
             try:
                 _hand_over(entry, spool, report, store=store, blobs=blobs)
+            except (BlobStoreUnavailable, ConfigurationError) as error:
+                report.store_away = report.stopped_by = error
             except QueueFull as error:
                 report.stopped_by = error
                 refused += 1
@@ -117,6 +125,7 @@ class SpoolingSubmits:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._away: BrokerError | BlobMissing | None = None
+        self._store_away: BlobStoreUnavailable | None = None
         if not spool.is_empty():  # what an earlier process left
             self._flush_later()
 
@@ -126,18 +135,20 @@ class SpoolingSubmits:
         Raises:
             SpoolUnavailable: neither the broker nor the spool took it.
         """
-        if self._away is not None:
-            self.keep(attempt, self._away)
+        away = self.away_for(attempt)
+        if away is not None:
+            self.keep(attempt, away)
             return
         try:
             hand_over()
         except TO_SPOOL as error:
             self.keep(attempt, error)
 
-    @property
-    def away(self) -> BrokerError | BlobMissing | None:
-        """Why the broker is not asked for now; None: it is."""
-        return self._away
+    def away_for(self, attempt: SubmitAttempt) -> BrokerError | BlobMissing | None:
+        """Why the broker is not asked to take a job for now; None: it is asked."""
+        if self._away is not None or self._blobs.lies_in_broker(attempt.request.latents.size_bytes):
+            return self._away
+        return self._store_away
 
     def keep(self, attempt: SubmitAttempt, error: BrokerError | BlobMissing) -> None:
         """Writes a job down that the broker did not take because of `error`.
@@ -151,7 +162,9 @@ class SpoolingSubmits:
             raise SpoolUnavailable(
                 f"{failed.message}; and the broker does not take it: {error.message}", job_id=attempt.job_id
             ) from failed
-        if not isinstance(error, QueueFull):
+        if isinstance(error, BlobStoreUnavailable):
+            self._store_away = error  # the broker takes what is small enough for it
+        elif not isinstance(error, QueueFull):
             self._away = error
         logger.warning(
             "job %s waits in the spool: %s",
@@ -164,8 +177,14 @@ class SpoolingSubmits:
     def flush(self) -> FlushReport:
         """Hands over what waits, now."""
         report = flush(self.spool, store=self._store, blobs=self._blobs)
-        if report.stopped_by is None or isinstance(report.stopped_by, QueueFull):
+        if (
+            report.stopped_by is None
+            or isinstance(report.stopped_by, QueueFull)
+            or report.stopped_by is report.store_away
+        ):
             self._away = None
+        if report.store_away is None:
+            self._store_away = None
         return report
 
     def close(self) -> None:
@@ -183,10 +202,20 @@ class SpoolingSubmits:
 
     def _run(self) -> None:
         pause_s = _FIRST_PAUSE_S
+        told: str | None = None
         while not self._closing.wait(pause_s):
             try:
                 report = self.flush()
                 done = report.stopped_by is None
+                code = None if report.stopped_by is None else report.stopped_by.code
+                if report.stopped_by is not None and code != told:
+                    logger.warning(
+                        "the spool %s is not empty yet: %s",
+                        self.spool.folder,
+                        report.stopped_by.message,
+                        extra={"action": "spool_waits", "folder": str(self.spool.folder), "code": code},
+                    )
+                told = code
                 with self._lock:
                     if done and (report.newer or self.spool.is_empty()):
                         self._thread = None

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from broker_config.errors import InvalidOption, WebhooksNotConfigured
 from broker_config.settings import Settings
 from broker_config.url_guard import UrlGuard
 from broker_config.webhook_secrets import read_secrets
 from broker_config.webhooks import JOB_EVENTS, MIN_RETENTION_S, TERMINAL_EVENTS, Webhook, WebhookEvent, in_order
-
-if TYPE_CHECKING:
-    from producer.submission import DecodeOptions
+from producer.decode_options import DecodeOptions
 
 #: What belongs to `webhook`.
 _PARTS = ("webhook_events", "webhook_inline", "webhook_secret")

@@ -6,10 +6,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from broker_config.blob_store import BlobStore
-from broker_config.errors import EncodeFailed, WorkerError
-from broker_config.job_store import Claim, JobStore, Outcome
-from broker_config.messages import BlobRef, DecodeResult
+from broker_config.blob_store import LARGEST_BYTES
+from broker_config.claims import Claim, Outcome
+from broker_config.decode_result import DecodeResult
+from broker_config.errors import EncodeFailed, OutputTooLarge, WorkerError
+from broker_config.job_store import JobStore
+from broker_config.messages import BlobRef
+from broker_config.tiered_blob_store import TieredBlobStore
 from worker.leases import LeaseKeeper
 from worker.stages import Abandoned, Failure, Patience, is_retryable
 
@@ -23,7 +26,7 @@ class AttemptReporter:
     """Ends attempts in the broker. Every call is safe to repeat and fenced by the attempt's execution id."""
 
     def __init__(
-        self, store: JobStore, blobs: BlobStore, *, leases: LeaseKeeper, patience: Patience, worker: str
+        self, store: JobStore, blobs: TieredBlobStore, *, leases: LeaseKeeper, patience: Patience, worker: str
     ) -> None:
         self._store = store
         self._blobs = blobs
@@ -63,7 +66,17 @@ class AttemptReporter:
         return self._blobs.is_inline(len(data))
 
     def store(self, name: str, data: bytes) -> BlobRef:
-        """Stores an artifact's bytes, for a provisional lifetime, and says where they lie."""
+        """Stores an artifact's bytes, for a provisional lifetime, and says where they lie.
+
+        Raises:
+            OutputTooLarge: nothing takes so many.
+            Abandoned: the worker gave up while the broker was away.
+        """
+        if len(data) > LARGEST_BYTES and self._blobs.lies_in_broker(len(data)):
+            raise OutputTooLarge(
+                f"output {name} has {len(data)} bytes, and the broker holds at most {LARGEST_BYTES} in a value: choose "
+                "another output, or set LATENTQ_BLOB_STORE everywhere and decode the job again"
+            )
         return self._patience.repeat(lambda: self._blobs.put(name, data, past_limit=True))
 
     def fail(self, claim: Claim, failure: Failure, *, stage: str) -> None:

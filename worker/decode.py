@@ -28,7 +28,7 @@ from worker.latent_layouts.frames import unfold_frames
 #: Frames an image VAE decodes in one call (pipeline_animatediff.py `__call__`, decode_chunk_size=16).
 FRAMES_PER_CALL: Final = 16
 #: Layouts whose frames are folded into the batch.
-_FOLDED: Final = frozenset({LatentLayout.VIDEO_2D, LatentLayout.FRAMES_2D})
+FOLDED: Final = frozenset({LatentLayout.VIDEO_2D, LatentLayout.FRAMES_2D})
 #: VAEs that decode from noise, drawn from the generator they are given.
 _FROM_NOISE: Final = frozenset({"ConsistencyDecoderVAE"})
 #: Layouts of clips that the VAE decodes as a whole and that need nothing afterwards.
@@ -99,11 +99,22 @@ def step_of(count: int, plan: Plan, items_per_call: int | None) -> int:
         return 1  # pipeline_joyimage_edit_plus.py `__call__` decodes its pictures in a loop
     items = plan.batch if items_per_call is None else min(plan.batch, items_per_call)
     step = max(1, items * (count // plan.batch))
-    if plan.layout in _FOLDED:
-        # pipeline_stable_video_diffusion.py `__call__`: decode_chunk_size is the clip's number of frames
-        usual = plan.num_frames if plan.layout is LatentLayout.FRAMES_2D else FRAMES_PER_CALL
-        step = min(plan.facts.frames_per_call or usual, step)
+    if plan.layout in FOLDED:
+        step = min(folded_at_once(plan.layout, plan.num_frames, asked=plan.facts.frames_per_call), step)
     return step
+
+
+def folded_at_once(layout: str, num_frames: int, *, asked: int | None) -> int:
+    """Most frames in one call of a layout that folds them into the batch, whatever clips they are of.
+
+    Args:
+        layout: one of `FOLDED`.
+        num_frames: of a clip.
+        asked: the job's `frames_per_call`.
+    """
+    # pipeline_stable_video_diffusion.py `__call__`: decode_chunk_size is the clip's number of frames
+    usual = num_frames if layout == LatentLayout.FRAMES_2D else FRAMES_PER_CALL
+    return asked or usual
 
 
 def mix_noise(vae_input: torch.Tensor, vae: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -169,7 +180,7 @@ def join_chunks(chunks: list[torch.Tensor], plan: Plan) -> torch.Tensor:
         (B, 3, H, W) for pictures, (B, 3, F, H, W) for clips.
     """
     whole = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
-    return unfold_frames(whole, num_frames=plan.num_frames) if plan.layout in _FOLDED else whole
+    return unfold_frames(whole, num_frames=plan.num_frames) if plan.layout in FOLDED else whole
 
 
 def to_pixels(decoded: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -198,7 +209,7 @@ def to_pixels(decoded: torch.Tensor, plan: Plan) -> torch.Tensor:
 
 def clip_frames(chunk: torch.Tensor, plan: Plan) -> torch.Tensor:
     """A chunk of a clip as frames in order: (n, 3, H, W), the clips of a batch one after the other."""
-    if plan.layout in _FOLDED or not plan.is_video:
+    if plan.layout in FOLDED or not plan.is_video:
         return chunk
     # B, 3, F, H, W → B, F, 3, H, W → B·F, 3, H, W
     return chunk.transpose(1, 2).flatten(0, 1)

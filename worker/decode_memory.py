@@ -15,6 +15,7 @@ from broker_config.latent_geometry import FrameRule, LatentLayout
 from broker_config.messages import DecodeRequest, Kind
 from broker_config.vae_catalog import VaeEntry
 from worker import lowmem_decode
+from worker.decode import FOLDED, folded_at_once
 from worker.decode_planner import FAST_MODES, DecodeMode
 from worker.frame_stream import frames_at_once
 from worker.vae_pool import LoadedVae
@@ -100,6 +101,8 @@ def decoded_size(vae: LoadedVae, request: DecodeRequest) -> tuple[int, int, int]
     if len(request.shape) == 5 and request.layout in _ROWS_LAST:
         height, width = request.shape[3] * vae.entry.spatial, request.shape[4] * vae.entry.spatial
     each = request.facts.frames_per_call
+    if request.layout in FOLDED:
+        frames = min(frames, folded_at_once(request.layout, frames, asked=each))
     if request.layout == LatentLayout.VIDEO_CHUNKS and each is not None:
         frames = min(frames, (each - 1) * vae.entry.temporal + 1)
     return height, width, frames

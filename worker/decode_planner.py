@@ -38,7 +38,7 @@ class DecodeMode(StrEnum):
 #: Ways of mode fast alone: other last bits in the memory of plain decode.
 FAST_MODES: Final = frozenset({DecodeMode.FAST, DecodeMode.COMPILED})
 #: Ways that decode one item after the other.
-_ONE_BY_ONE: Final = frozenset({DecodeMode.COMPILED, DecodeMode.LOW_MEMORY, DecodeMode.LEAN})
+ONE_BY_ONE: Final = frozenset({DecodeMode.COMPILED, DecodeMode.LOW_MEMORY, DecodeMode.LEAN})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,7 +227,7 @@ def plan(
 def _plan_of(model: CostModel, mode: DecodeMode, items: int, pixels_per_item: int, free_bytes: int) -> DecodePlan:
     fit = model.items_that_fit(mode, pixels_per_item=pixels_per_item, free_bytes=free_bytes)
     per_call = max(1, min(items, fit))
-    if mode in _ONE_BY_ONE:
+    if mode in ONE_BY_ONE:
         per_call = 1
     calls, rest = divmod(items, per_call)
     seconds = calls * model.seconds[mode].at(per_call * pixels_per_item)

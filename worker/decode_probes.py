@@ -81,9 +81,15 @@ def probes(
 def _measured(
     decode: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype
 ) -> Measured | None:
-    """A decode of random latents; None if there is no memory for it."""
+    """A decode of random latents; None if there is no memory for it.
+
+    On CUDA the second one: in the first, kernels of this size are chosen, loaded and compiled.
+    """
     try:
-        return measure(decode, torch.randn(shape, device=device).to(dtype))
+        latents = torch.randn(shape, device=device).to(dtype)
+        if device.type == "cuda":
+            measure(decode, latents)
+        return measure(decode, latents)
     except Exception as error:
         if not isinstance(classify(error), OutOfMemory):
             raise

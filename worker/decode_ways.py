@@ -14,8 +14,9 @@ from typing import Final
 import torch
 
 from broker_config.messages import DecodeRequest, Kind, Mode
+from worker.decode import FOLDED, folded_at_once
 from worker.decode_memory import DecodeMemory, decoded_size
-from worker.decode_planner import DecodeMode, DecodePlan, plan
+from worker.decode_planner import ONE_BY_ONE, DecodeMode, DecodePlan, plan
 from worker.decode_probes import CostModels
 from worker.fast_path import FastOptions, FastVae, FastVaes
 from worker.frame_stream import frames_at_once
@@ -104,12 +105,20 @@ class DecodeWays:
         model = self._costs.known(vae.entry.name, device=vae.device, dtype=vae.dtype)
         if model is None:
             return None
+        pixels = request.pixels // request.batch
         if not model.bytes:
-            model = model.for_item(self._item_bytes(vae, request), pixels=request.pixels // request.batch)
+            model = model.for_item(self._item_bytes(vae, request), pixels=pixels)
+        elif request.layout in FOLDED:
+            at_once, one = pixels_at_once(vae, request), pixels // request.num_frames
+            kept = _kept_bytes(vae, request)
+            each = {
+                mode: int(line.at(one if mode in ONE_BY_ONE else at_once)) + kept for mode, line in model.bytes.items()
+            }
+            model = model.for_item(each, pixels=pixels)
         return plan(
             model,
             items=items,
-            pixels_per_item=request.pixels // request.batch,
+            pixels_per_item=pixels,
             free_bytes=self._free_bytes(vae.device),
             exact_bits=not self._is_fast(request),
             without=(*without, *self._barred(vae, request)),
@@ -143,8 +152,7 @@ class DecodeWays:
         height, width, frames = decoded_size(vae, request)
         bytes_per_px = self._bytes_per_px(vae)
         found = self._sizes.of_item(vae, height=height, width=width, num_frames=frames, bytes_per_px=bytes_per_px)
-        # of a clip that is decoded in several calls, the frames of all of them are kept
-        kept = 3 * height * width * max(0, request.num_frames - frames) * vae.dtype.itemsize
+        kept = _kept_bytes(vae, request)
         return {mode: size + kept for mode, size in found.items()}
 
     def _bytes_per_px(self, vae: LoadedVae) -> float:
@@ -172,7 +180,17 @@ class DecodeWays:
         return str(request.mode or self._default_mode) == str(Mode.FAST)
 
 
-def pixels_at_once(vae: LoadedVae, request: DecodeRequest) -> int:
-    """Pixels of one item of a job that are activations at the same time: of a clip, those of some of its frames."""
+def pixels_at_once(vae: LoadedVae, request: DecodeRequest, *, items: int = 1) -> int:
+    """Pixels of so many items of a job that are activations at once: of a clip, those of some of its frames."""
     height, width, frames = decoded_size(vae, request)
-    return height * width * frames_at_once(vae.module, frames)
+    together = items * frames_at_once(vae.module, frames)
+    if request.layout in FOLDED:
+        asked = request.facts.frames_per_call
+        together = min(together, folded_at_once(request.layout, request.num_frames, asked=asked))
+    return height * width * together
+
+
+def _kept_bytes(vae: LoadedVae, request: DecodeRequest) -> int:
+    """Of a clip that is decoded in several calls, the frames of all of them but one are kept."""
+    height, width, frames = decoded_size(vae, request)
+    return 3 * height * width * max(0, request.num_frames - frames) * vae.dtype.itemsize

@@ -20,9 +20,10 @@ from typing import Final
 import torch
 
 from broker_config import keys
+from broker_config.claims import Claim
 from broker_config.connection import Connections, broker_errors
 from broker_config.errors import LatentqError
-from broker_config.job_store import Claim, JobStore
+from broker_config.job_store import JobStore
 from broker_config.messages import Mode
 from broker_config.settings import Settings
 from broker_config.tiered_blob_store import TieredBlobStore

@@ -195,6 +195,6 @@ class DeviceStage:
             return None  # the other rungs take less, and would make the plain one look small; an encode is no decode
         if "upcast" in works[0].decoded_by:
             return None  # took what float32 takes
-        pixels = pixels_at_once(vae, works[0].request) * how.items_per_call
+        pixels = pixels_at_once(vae, works[0].request, items=how.items_per_call)
         self.memory.learn(name, dtype=vae.dtype, pixels=pixels, used_bytes=meter.used_bytes)
         return None

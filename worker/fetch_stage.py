@@ -11,6 +11,7 @@ from typing import Final
 from uuid import uuid4
 
 from broker_config.blob_store import BlobStore, checked_or_error
+from broker_config.claims import Claim
 from broker_config.errors import (
     BlobError,
     BlobStoreUnknown,
@@ -19,7 +20,7 @@ from broker_config.errors import (
     OutOfMemory,
     UnsupportedMessage,
 )
-from broker_config.job_store import Claim, JobStore
+from broker_config.job_store import JobStore
 from broker_config.messages import DecodeRequest
 from worker import handlers
 from worker.attempts import AttemptReporter

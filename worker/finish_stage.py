@@ -15,8 +15,9 @@ import diffusers
 import torch
 
 from broker_config.blob_store import draft
+from broker_config.decode_result import Artifact, DecodeResult
 from broker_config.errors import EncodeFailed, LatentqError
-from broker_config.messages import Artifact, DecodeResult, Output
+from broker_config.messages import Output
 from worker.attempts import AttemptReporter
 from worker.image_encoding import Encoded, encode_image
 from worker.latent_io import write_tensor

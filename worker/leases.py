@@ -21,8 +21,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from broker_config.claims import Claim, Renewal
 from broker_config.errors import BrokerError
-from broker_config.job_store import Claim, JobStore, Renewal
+from broker_config.job_store import JobStore
 
 logger = logging.getLogger(__name__)
 

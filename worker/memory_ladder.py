@@ -42,7 +42,12 @@ _ACTIVATIONS_OF: Final[Mapping[str, tuple[float, float]]] = {
     "AutoencoderKLWan": (11.5, 15.1),
     "AutoencoderKLHunyuanVideo": (6.0, 7.9),
     "AutoencoderKLCogVideoX": (7.6, 10.0),
+    # Of channels that are twice and four times those of the widest activation: 5.3 and 7 of that.
+    "AutoencoderKLLTXVideo": (2.8, 3.7),
+    "AutoencoderKLLTX2Video": (1.4, 1.9),
 }
+#: Classes whose last channels become patches of `patch_size` squared pixels.
+_IN_PATCHES: Final = frozenset({"AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video"})
 #: Channels at full resolution when a config does not tell: those of the widest family, AutoencoderKL.
 _CHANNELS_UNKNOWN: Final = 256
 #: Part of the free memory a plan may use: fragmentation and what other threads take meanwhile.
@@ -109,7 +114,7 @@ def first_guess(module: Any, *, device: torch.device, dtype: torch.dtype) -> flo
     Args:
         module: the VAE. The last up block of AutoencoderKL takes `block_out_channels[1]` channels at full resolution
             (autoencoders/vae.py `Decoder.__init__`), that of Wan twice its `base_dim` (autoencoder_kl_wan.py
-            `WanDecoder3d`).
+            `WanDecoder3d`). Where the last channels become patches of pixels, that is at the patches' resolution.
         device: where it decodes.
         dtype: of its weights.
     """
@@ -117,6 +122,8 @@ def first_guess(module: Any, *, device: torch.device, dtype: torch.dtype) -> flo
     widths = list(config.get("block_out_channels") or ())
     base = config.get("decoder_base_dim") or config.get("base_dim")
     channels = max(widths[:2]) if widths else 2 * base if base else _CHANNELS_UNKNOWN
+    if type(module).__name__ in _IN_PATCHES:
+        channels /= int(config.get("patch_size") or 1) ** 2
     usual = (_ACTIVATIONS_CPU, _ACTIVATIONS_CUDA)
     on_cpu, on_cuda = _ACTIVATIONS_OF.get(type(module).__name__, usual)
     return float((on_cuda if device.type == "cuda" else on_cpu) * channels * dtype.itemsize)

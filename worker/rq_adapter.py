@@ -22,7 +22,7 @@ from rq.timeouts import TimerDeathPenalty
 from rq.utils import now, utcformat
 from rq.worker import BaseWorker, WorkerStatus
 
-from broker_config.errors import ConfigurationError
+from broker_config.errors import WorkerNameTaken
 from broker_config.scripts import source
 
 logger = logging.getLogger(__name__)
@@ -68,10 +68,13 @@ class RqPresence(BaseWorker):
         """Registers the worker and listens for commands.
 
         Raises:
-            ConfigurationError: a live worker has this name.
+            WorkerNameTaken: a live worker has this name, or one that died within the last `ttl_s`.
         """
         if self.connection.exists(self.key) and not self.connection.hexists(self.key, "death"):
-            raise ConfigurationError(f"a worker named {self.name} is alive: choose another LATENTQ_WORKER_NAME")
+            raise WorkerNameTaken(
+                f"a worker named {self.name} is alive, or died within the last {self._ttl_s} s: choose another "
+                "LATENTQ_WORKER_NAME, or start again later"
+            )
         self._tell(self._birth)
         self.show(busy=False)
         self._listener = threading.Thread(target=self._listen, name="rq-commands", daemon=True)

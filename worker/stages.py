@@ -23,6 +23,7 @@ from typing import Final, TypeVar
 import numpy as np
 import torch
 
+from broker_config.claims import Claim
 from broker_config.errors import (
     BrokerError,
     DecodeFailed,
@@ -30,7 +31,6 @@ from broker_config.errors import (
     OutOfMemory,
     WorkerError,
 )
-from broker_config.job_store import Claim
 from broker_config.messages import DecodeRequest
 from worker.latent_io import to_frames
 
@@ -42,13 +42,20 @@ Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 _STREAM_CHUNKS: Final = 4
 #: How often one end of a stream looks whether the other gave up.
 _STREAM_S: Final = 0.1
-#: What torch's CPU allocator and oneDNN say, as plain RuntimeErrors, when memory is short.
-#: oneDNN says that it could not create a primitive when there is no room for its code.
+#: What is said, as plain RuntimeErrors, when memory is short: by torch's CPU allocator and oneDNN (that it could not
+#: create a primitive when there is no room for its code), and on CUDA by the driver, cuBLAS, cuDNN and Triton. torch
+#: tries cuDNN's engines until one has room for its workspace, and says of none that memory was the reason
+#: (aten/src/ATen/native/cudnn/Conv_v8.cpp, `run_single_conv`).
 _NO_MEMORY: Final = (
     "can't allocate memory",
     "could not create a memory object",
     "could not create a primitive",
     "std::bad_alloc",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute this computation",
+    "[CUDA]: out of memory",
 )
 _RETRY_FIRST_S: Final = 0.1
 _RETRY_LONGEST_S: Final = 5.0

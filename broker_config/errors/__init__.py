@@ -7,6 +7,7 @@
     │   ├── CatalogInvalid
     │   ├── BrokerBinaryMissing       no server binary for the embedded broker
     │   ├── BrokerNotRunning          no embedded broker runs and no URL is set
+    │   ├── WorkerNameTaken           a worker of this name is alive, or was until just now
     │   └── BrokerUnsupported         too old, or evicts keys
     ├── BrokerError                   the broker is configured, but does not serve us (retryable)
     │   ├── BrokerUnreachable
@@ -34,7 +35,8 @@
     ├── DenoiseFailed                 the pipeline of a prompt farm raised
     └── WorkerError                   an attempt failed in the worker
         ├── WeightsMissing · WeightsMismatch · DecodeFailed · NonFiniteOutput · OutOfMemory
-        └── EncodeFailed · UnsupportedMessage · StartDeadlinePassed · JobTimedOut · WorkerCrashed
+        ├── EncodeFailed · OutputTooLarge
+        └── UnsupportedMessage · StartDeadlinePassed · JobTimedOut · WorkerCrashed
 
 A leaf has a stable `code` (used on the wire, in logs and in docs/errors.md), says whether the same call can
 succeed later (`retryable`), and its docstring is its default message. Messages name the field and the fix.
@@ -50,6 +52,7 @@ from broker_config.errors.attempts import (
     JobTimedOut,
     NonFiniteOutput,
     OutOfMemory,
+    OutputTooLarge,
     StartDeadlinePassed,
     UnsupportedMessage,
     WeightsMismatch,
@@ -73,6 +76,7 @@ from broker_config.errors.configuration import (
     BrokerUnsupported,
     CatalogInvalid,
     ConfigurationError,
+    WorkerNameTaken,
 )
 from broker_config.errors.farm import DenoiseFailed
 from broker_config.errors.jobs import (
@@ -184,6 +188,7 @@ __all__ = [
     "NotAuthenticated",
     "NotSafetensors",
     "OutOfMemory",
+    "OutputTooLarge",
     "PixelLimitExceeded",
     "QueryTooLong",
     "QueueFull",
@@ -213,6 +218,7 @@ __all__ = [
     "WeightsMissing",
     "WorkerCrashed",
     "WorkerError",
+    "WorkerNameTaken",
     "WrongHost",
     "WrongOutput",
     "walk",

@@ -33,6 +33,10 @@ class EncodeFailed(WorkerError, code="encode_failed"):
     """The decoded pictures could not be encoded."""
 
 
+class OutputTooLarge(WorkerError, code="output_too_large", retryable=False):
+    """One output has more bytes than the broker holds in a value: choose another output, or set LATENTQ_BLOB_STORE."""
+
+
 class UnsupportedMessage(WorkerError, code="unsupported_message", retryable=False):
     """The worker does not know this kind of job."""
 

@@ -21,5 +21,9 @@ class BrokerNotRunning(ConfigurationError, code="broker_not_running", retryable=
     """No broker is running: start one with `latentq up`, or set LATENTQ_REDIS_URL."""
 
 
+class WorkerNameTaken(ConfigurationError, code="worker_name_taken", retryable=True):
+    """A worker of this name is alive, or was until just now: choose another LATENTQ_WORKER_NAME, or wait."""
+
+
 class BrokerUnsupported(ConfigurationError, code="broker_unsupported"):
     """The broker is too old or is configured to evict keys."""

@@ -69,10 +69,23 @@ local function better_elsewhere(rec, vae)
   return false
 end
 
--- The first id of a queue that may run, but for jobs that are better off elsewhere. Takes off what may not: ids whose
--- job is not queued (a duplicate, a job someone ended), jobs whose start deadline passed, jobs that need a newer worker,
--- jobs that are not ours. Not too many at once: nobody else is served meanwhile, and ending a job takes some thirty
--- commands.
+-- Takes off a queue what may not run: an id whose job is not queued (a duplicate, a job someone ended), a job whose
+-- start deadline passed, one that needs a newer worker, one that is not ours.
+local function take_off(queue, id, rec, status)
+  if rec and rec.state == 'queued' and status == 'queued' and not too_new(rec) then
+    return fail_late(rec, now, deadline_exc)
+  end
+  call('LREM', RQ .. 'queue:' .. queue, 1, id)
+  if status ~= 'queued' then return end
+  if not rec then
+    fail_foreign(queue, id)
+  elseif rec.state == 'queued' then
+    call('ZADD', P .. 'parked', rec.schema, id)
+  end
+end
+
+-- The first id of a queue that may run, but for jobs that are better off elsewhere. Those that may not are taken off,
+-- though not too many at once: nobody else is served meanwhile, and ending a job takes some thirty commands.
 local drops_left = 100
 local function head_of(queue, vae)
   local key, passed = RQ .. 'queue:' .. queue, 0
@@ -82,26 +95,16 @@ local function head_of(queue, vae)
     local rec = record(id)
     local status = rq_status(id)
     local runs = rec and rec.state == 'queued' and status == 'queued' and not too_new(rec) and not is_late(rec, now)
-    if runs and not better_elsewhere(rec, vae) then return rec end
-    if not runs then
+    if runs then
+      if not better_elsewhere(rec, vae) then return rec end
+      passed = passed + 1
+    else
       if drops_left == 0 then
         ring(vae)
         return nil
       end
       drops_left = drops_left - 1
-    end
-    if runs then
-      passed = passed + 1
-    elseif not rec and status == 'queued' then
-      call('LREM', key, 1, id)
-      fail_foreign(queue, id)
-    elseif not rec or rec.state ~= 'queued' or status ~= 'queued' then
-      call('LREM', key, 1, id)
-    elseif too_new(rec) then
-      call('LREM', key, 1, id)
-      call('ZADD', P .. 'parked', rec.schema, id)
-    else
-      fail_late(rec, now, deadline_exc)
+      take_off(queue, id, rec, status)
     end
   end
 end

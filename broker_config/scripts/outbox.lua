@@ -31,14 +31,27 @@ local function enter(id, receiver, now, lives_ms, kept_ms, fields)
   ring_couriers()
 end
 
+local function leave_outbox(id, receiver)
+  call('ZREM', OUTBOX, id)
+  call('ZREM', P .. 'due:' .. receiver, id)
+  call('ZREM', P .. 'sending:' .. receiver, id)
+end
+
 -- Something happened to a job: if it has a webhook that wants to know, a delivery is entered. `done`, `total`: of
 -- progress. Admission has reserved room for the terminal one; the others go without when the outbox is full.
 function announce(rec, event, now, done, total)
   local hook = rec.webhook and rec.webhook ~= '' and cjson.decode(rec.webhook)
   if not hook or not hook.events[event] then return end
   local id = 'msg_' .. rec.id .. '_' .. event .. (done and '_' .. done or '')
-  if call('EXISTS', P .. 'delivery:' .. id) == 1 then return end -- a second attempt of the job is no second event
   local sure = RQ_STATUS[event]
+  local before = call('HGET', P .. 'delivery:' .. id, 'receiver')
+  if before then
+    if not sure then return end -- a second attempt of the job is no second event
+    -- A job ends once: this is of an older job of the same id, whose tombstone is gone.
+    leave_outbox(id, before)
+    call('ZREM', DEAD, id)
+    call('DEL', P .. 'delivery:' .. id)
+  end
   if not sure and call('ZCARD', OUTBOX) + (tonumber(call('HGET', TOTALS, 'webhooks')) or 0) >= hook.most then
     call('HINCRBY', COUNTS, 'dropped', 1)
     return
@@ -57,12 +70,6 @@ function webhook_ended(rec, state, now)
   if hook.signer == 'job:' .. rec.id then
     call('PEXPIRE', P .. 'webhook-secret:' .. hook.signer, int(hook.give_up_ms + hook.dead_ms))
   end
-end
-
-local function leave_outbox(id, receiver)
-  call('ZREM', OUTBOX, id)
-  call('ZREM', P .. 'due:' .. receiver, id)
-  call('ZREM', P .. 'sending:' .. receiver, id)
 end
 
 -- Gives a delivery up: a terminal event becomes a dead letter, the others are forgotten soon.

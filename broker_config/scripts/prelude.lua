@@ -133,10 +133,11 @@ local function rq_set(id, ...)
   if call('EXISTS', RQ .. 'job:' .. id) == 1 then call('HSET', RQ .. 'job:' .. id, ...) end
 end
 
--- Takes an ended job off the registries it may be in (RQ's tools move jobs without asking us).
-local function unlist(rec)
+-- Takes an ended job off the registries it may be in (RQ's tools move jobs without asking us). `how`: redis.call, or
+-- redis.pcall, which goes on where a registry is of another kind.
+local function unlist(rec, how)
   for _, registry in ipairs({ 'finished', 'failed', 'canceled' }) do
-    call('ZREM', RQ .. registry .. ':' .. rec.rq_queue, rec.id)
+    (how or call)('ZREM', RQ .. registry .. ':' .. rec.rq_queue, rec.id)
   end
 end
 
@@ -166,6 +167,8 @@ end
 
 -- A terminal state, once: record, RQ's hash, registry and result stream (whose entry wakes every waiter),
 -- ownership, totals. `rq_field`, `rq_value`: what RQ's Result holds (return_value or exc_string).
+-- Nothing is rolled back where a script raises. So once the state is written, what belongs to others (RQ's registries,
+-- where someone may have put a key of another kind) must not keep the delivery, or the waiters, from being told.
 local function finish(rec, state, now, rq_field, rq_value, result)
   local id, job, rq_job = rec.id, P .. 'job:' .. rec.id, RQ .. 'job:' .. rec.id
   local retention = tonumber(rec.retention_ms)
@@ -189,12 +192,12 @@ local function finish(rec, state, now, rq_field, rq_value, result)
   call('HINCRBY', TOTALS, 'px', -tonumber(rec.px or 0))
 
   local queue = rec.rq_queue
-  unlist(rec)
+  unlist(rec, redis.pcall)
   if call('EXISTS', rq_job) == 1 then
     rq_set(id, 'status', RQ_STATUS[state], 'ended_at', utc(now), 'last_heartbeat', utc(now))
     call('PEXPIRE', rq_job, int(retention))
     local score = state == 'canceled' and int(now / 1000) or int(ends / 1000)
-    call('ZADD', RQ .. RQ_STATUS[state] .. ':' .. queue, score, id)
+    redis.pcall('ZADD', RQ .. RQ_STATUS[state] .. ':' .. queue, score, id)
   end
   local entry = { 'type', RQ_RESULT[state], 'worker_name', rec.worker or '' }
   if rq_value then
@@ -206,7 +209,7 @@ local function finish(rec, state, now, rq_field, rq_value, result)
       'execution_started_at', string.format('%.3f', (tonumber(rec.started_ms) or now) / 1000),
       'execution_ended_at', string.format('%.3f', now / 1000) }) do entry[#entry + 1] = item end
   end
-  call('XADD', RQ .. 'results:' .. id, 'MAXLEN', '10', '*', unpack(entry))
+  redis.pcall('XADD', RQ .. 'results:' .. id, 'MAXLEN', '10', '*', unpack(entry))
   call('PEXPIRE', RQ .. 'results:' .. id, int(retention))
 
   tally(rec, state, now, result)

@@ -8,7 +8,11 @@ for i = #ARGV - 1, 1, -2 do
   if fence(rec, ARGV[i + 1]) == 'mine' and rec.state == 'processing' then
     call('HINCRBY', P .. 'job:' .. rec.id, 'attempts', -1)
     if DECODED[rec.stage] then call('HDEL', P .. 'job:' .. rec.id, 'deadline_ms') end
-    if requeue(rec, 'LPUSH', now, '') == 'queued' then count = count + 1 end
+    if requeue(rec, 'LPUSH', now, '') == 'queued' then
+      count = count + 1
+      -- It may have passed while the job was held: then nobody looks for it any more.
+      if rec.deadline_ms and not DECODED[rec.stage] then call('ZADD', DEADLINES, rec.deadline_ms, rec.id) end
+    end
   end
 end
 return count

@@ -14,15 +14,15 @@ for i = 3, #ARGV, 6 do
   if fence(rec, execution) ~= 'mine' then
     out[#out + 1] = 'lost'
   else
-    local word = 'renewed'
+    local word, status = 'renewed', rq_status(id)
     if rec.state == 'queued' then
       word = 'adopted'
       call('LREM', RQ .. 'queue:' .. rec.rq_queue, 1, id)
       revive(rec)
       call('HSET', P .. 'job:' .. id, 'state', 'processing')
-      rq_set(id, 'status', 'started')
+      if status ~= 'canceled' then rq_set(id, 'status', 'started') end
     end
-    if rec.cancel == '1' or rq_status(id) == 'canceled' then word = 'cancel' end
+    if rec.cancel == '1' or status == 'canceled' then word = 'cancel' end
     if rec.state == 'processing' and (ORDER[stage] or 0) < (ORDER[rec.stage] or 0) then
       stage, done, total = rec.stage, rec.done or '0', rec.total or '0'
     end

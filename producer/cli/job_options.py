@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
 
 from broker_config.errors import InvalidOption, JobSpooled
+from producer.decode_options import DecodeOptions
 from producer.job_handle import JobHandle
 
 OptOutput = Annotated[str | None, typer.Option(help="png, jpg, webp, mp4, tensor or uint8.")]
@@ -20,6 +22,10 @@ OptTimeout = Annotated[float | None, typer.Option("--timeout", help="Longest att
 OptRetention = Annotated[
     float | None, typer.Option("--retention", help="How long latents and result stay after the end, seconds.")
 ]
+OptScalingFactor = Annotated[float | None, typer.Option(help="Instead of the VAE's own.")]
+OptShiftFactor = Annotated[float | None, typer.Option(help="Instead of the VAE's own.")]
+OptStartWithin = Annotated[float | None, typer.Option("--start-within", help="Longest wait, seconds.")]
+OptId = Annotated[str | None, typer.Option("--id", help="Your own id; the same id is the same job.")]
 OptWait = Annotated[bool, typer.Option("--wait", help="Wait until the job ended.")]
 OptPriority = Annotated[str, typer.Option(help="high, normal or low.")]
 OptWebhook = Annotated[str | None, typer.Option(metavar="URL", help="Is told how the job goes.")]
@@ -36,9 +42,32 @@ OptProvenance = Annotated[
 ]
 
 
-def secret_in(file: Path | None) -> str | None:
-    """What a file that was named has."""
-    return None if file is None else file.read_text().strip()
+#: Names of the options of a job.
+_NAMES: Final = frozenset(item.name for item in dataclasses.fields(DecodeOptions))
+
+
+def named_options(ctx: typer.Context) -> dict[str, Any]:
+    """The options of a job that were given, by name."""
+    # click has an empty list for an option that may be repeated and was not named
+    given = {name: value for name, value in ctx.params.items() if name in _NAMES and value not in (None, [], ())}
+    if "metadata" in given:
+        given["metadata"] = pairs(given["metadata"])
+    if "webhook_secret" in given:
+        given["webhook_secret"] = secret_in(given["webhook_secret"])
+    return given
+
+
+def secret_in(file: Path) -> str:
+    """What a file has.
+
+    Raises:
+        InvalidOption: it cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise InvalidOption(f"the secret's file {file} cannot be read: {reason}", field="webhook_secret") from None
 
 
 def after_submit(job: JobHandle, *, wait: bool) -> None:

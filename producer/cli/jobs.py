@@ -11,24 +11,30 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from broker_config.decode_result import Artifact
 from broker_config.errors import InvalidOption, JobNotFinished
-from broker_config.messages import Artifact, JobSnapshot, JobStatus
+from broker_config.job_record import JobSnapshot
+from broker_config.job_status import JobStatus
 from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
 from producer.cli.job_options import (
     OptFps,
+    OptId,
     OptMetadata,
     OptMode,
     OptOutput,
     OptRetention,
+    OptScalingFactor,
+    OptShiftFactor,
+    OptStartWithin,
     OptTimeout,
     OptWait,
     OptWebhook,
     OptWebhookEvents,
+    OptWebhookInline,
     OptWebhookSecret,
     after_submit,
-    pairs,
-    secret_in,
+    named_options,
 )
 from producer.cli.services import become
 from producer.client import DecodeClient
@@ -47,35 +53,31 @@ def register(app: typer.Typer) -> None:
 
 
 def redecode(
-    job_id: JobId,
+    ctx: typer.Context,
+    source_id: JobId,
     output: OptOutput = None,
     fps: OptFps = None,
     mode: OptMode = None,
     priority: Annotated[str | None, typer.Option(help="high, normal or low.")] = None,
     timeout_s: OptTimeout = None,
+    start_within_s: OptStartWithin = None,
     retention_s: OptRetention = None,
+    scaling_factor: OptScalingFactor = None,
+    shift_factor: OptShiftFactor = None,
     metadata: OptMetadata = None,
+    provenance: Annotated[bool | None, typer.Option("--provenance/--no-provenance", help="As `submit` has it.")] = None,
+    preview: Annotated[bool | None, typer.Option("--preview", help="Show a preview by a small VAE first.")] = None,
+    allow_tiling: Annotated[bool | None, typer.Option("--allow-tiling", help="As `submit` has it.")] = None,
     webhook: OptWebhook = None,
     webhook_events: OptWebhookEvents = None,
+    webhook_inline: OptWebhookInline = False,
     webhook_secret: OptWebhookSecret = None,
+    job_id: OptId = None,
     wait: OptWait = False,
 ) -> None:
-    """Decode a job's retained latents again, with other options; prints the new job's id."""
-    asked: dict[str, Any] = {
-        "output": output,
-        "fps": fps,
-        "mode": mode,
-        "priority": priority,
-        "timeout_s": timeout_s,
-        "retention_s": retention_s,
-        "metadata": pairs(metadata) if metadata else None,
-        "webhook": webhook,
-        "webhook_events": webhook_events,
-        "webhook_secret": secret_in(webhook_secret),
-    }
+    """Decode a job's retained latents again; what is not named stays as it was. Prints the new job's id."""
     with DecodeClient.from_env() as client:
-        job = client.redecode(job_id, **{name: value for name, value in asked.items() if value is not None})
-        after_submit(job, wait=wait)
+        after_submit(client.redecode(source_id, **named_options(ctx)), wait=wait)
 
 
 def status(job_id: JobId, as_json: AsJson = False) -> None:
@@ -102,8 +104,14 @@ def result(
         if wait is not None:
             job.wait(timeout=wait)
         for path, data in _targets(job_id, job.artifacts(), output):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            except OSError as error:
+                raise InvalidOption(
+                    f"{path} cannot be written: {error.strerror}; the broker still has it, name another place with -o",
+                    field="output",
+                ) from None
             typer.echo(path)
 
 

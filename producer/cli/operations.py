@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from broker_config.job_list import JobRow
-from broker_config.messages import JobStatus
+from broker_config.job_status import JobStatus
 from broker_config.settings import load_settings
 from producer.cli.tables import diagnosis_table, job_table, queue_table, show, summary, worker_table
 from producer.client import DecodeClient

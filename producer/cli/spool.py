@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from broker_config.connection import connect
 from broker_config.errors import ConfigurationError
 from broker_config.settings import load_settings
 from producer.cli.tables import show
 from producer.client import DecodeClient
 from producer.quantities import counted, duration
 from producer.spool import Spool, SpoolEntry
+from producer.spool_flush import flush as hand_over
 
 _spool = typer.Typer(help="Submits that wait for the broker on this machine.", no_args_is_help=True)
 
@@ -55,10 +57,11 @@ def list_spool(
 @_spool.command()
 def flush(folder: Folder = None) -> None:
     """Hand over what waits. Safe to repeat. Exit status 1 if something is left or was set aside."""
-    with DecodeClient.from_env(spool_dir=_folder(folder)) as client:
-        assert client.spool is not None
-        report = client.spool.flush()
-        left = len(client.spool.spool.entries())
+    spool, settings = Spool(_folder(folder)), load_settings()
+    # a client with a spool of its own would hand over in the background, and this would count the rest
+    with DecodeClient(connect(settings, name="latentq-client"), settings=settings) as client:
+        report = hand_over(spool, store=client.store, blobs=client.blobs)
+    left = len(spool.entries())
     for job_id in report.sent:
         typer.echo(job_id)
     for path, reason in report.aside:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
 from producer.cli.job_options import (
     OptFps,
+    OptId,
     OptMetadata,
     OptMode,
     OptOutput,
     OptPriority,
     OptProvenance,
     OptRetention,
+    OptScalingFactor,
+    OptShiftFactor,
+    OptStartWithin,
     OptTimeout,
     OptWait,
     OptWebhook,
@@ -23,13 +26,9 @@ from producer.cli.job_options import (
     OptWebhookInline,
     OptWebhookSecret,
     after_submit,
-    pairs,
-    secret_in,
+    named_options,
 )
 from producer.client import DecodeClient
-from producer.submission import DecodeOptions
-
-_OPTIONS: Final = frozenset(item.name for item in dataclasses.fields(DecodeOptions))
 
 
 def register(app: typer.Typer) -> None:
@@ -50,8 +49,8 @@ def submit(
     height: Annotated[int | None, typer.Option(help="Pixels; needed for packed latents.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; needed for packed latents.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames of each clip.")] = None,
-    scaling_factor: Annotated[float | None, typer.Option(help="Instead of the VAE's own.")] = None,
-    shift_factor: Annotated[float | None, typer.Option(help="Instead of the VAE's own.")] = None,
+    scaling_factor: OptScalingFactor = None,
+    shift_factor: OptShiftFactor = None,
     patch_size: Annotated[int | None, typer.Option(help="Side of the patches of packed latents.")] = None,
     layers: Annotated[int | None, typer.Option(help="Pictures of the `layers` layout.")] = None,
     additional_frames: Annotated[int | None, typer.Option(help="Leading latent frames to leave out.")] = None,
@@ -70,7 +69,7 @@ def submit(
     mode: OptMode = None,
     priority: OptPriority = "normal",
     timeout_s: OptTimeout = None,
-    start_within_s: Annotated[float | None, typer.Option("--start-within", help="Longest wait, seconds.")] = None,
+    start_within_s: OptStartWithin = None,
     retention_s: OptRetention = None,
     metadata: OptMetadata = None,
     provenance: OptProvenance = True,
@@ -80,13 +79,9 @@ def submit(
     webhook_events: OptWebhookEvents = None,
     webhook_inline: OptWebhookInline = False,
     webhook_secret: OptWebhookSecret = None,
-    job_id: Annotated[str | None, typer.Option("--id", help="Your own id; the same id is the same job.")] = None,
+    job_id: OptId = None,
     wait: OptWait = False,
 ) -> None:
     """Hand latents over; prints the job's id."""
-    named = {name: value for name, value in ctx.params.items() if name in _OPTIONS and value is not None}
-    named["metadata"] = pairs(metadata)
-    if webhook_secret is not None:
-        named["webhook_secret"] = secret_in(webhook_secret)
     with DecodeClient.from_env() as client:
-        after_submit(client.submit_file(file, pipeline=pipeline, **named), wait=wait)
+        after_submit(client.submit_file(file, pipeline=pipeline, **named_options(ctx)), wait=wait)

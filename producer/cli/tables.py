@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from broker_config.job_list import JobRow
-from broker_config.messages import JobStatus
+from broker_config.job_status import JobStatus
 from broker_config.queue_report import QueueState, WorkerState
 from producer.doctor import Diagnosis, Level
 from producer.quantities import counted, duration

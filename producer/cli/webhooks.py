@@ -16,6 +16,7 @@ from broker_config.settings import load_settings
 from broker_config.url_guard import UrlGuard
 from broker_config.webhook_deliveries import Delivery, DeliveryState, WebhookDeliveries
 from broker_config.webhook_secrets import OVERLAP_S, WebhookSecrets, new_secret, owner_of_key, read_secrets
+from producer.cli.job_options import secret_in
 from producer.cli.tables import show as show_table
 from producer.client import DecodeClient
 from producer.quantities import duration
@@ -135,7 +136,7 @@ def add(
     ] = OVERLAP_S,
 ) -> None:
     """Add a secret, and end the older ones after a while; prints a new one once."""
-    secret = new_secret() if file is None else read_secrets(file.read_text().strip(), option="the file")[0]
+    secret = new_secret() if file is None else read_secrets(secret_in(file), option="the file")[0]
     with DecodeClient.from_env() as client:
         made = WebhookSecrets(client.store.connections).add(owner_of_key(key), secret, overlap_s=overlap)
     typer.echo(f"secret {made.id} signs webhooks of {_owner(key)}; it is shown this once", err=True)

@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from broker_config import keys
+from broker_config.answers import time_ms
 from broker_config.connection import Connections, broker_errors
 from broker_config.errors import InvalidOption
 
@@ -92,14 +93,13 @@ class ApiKeys:
         with broker_errors(self._connections.url):
             while True:
                 key_id = "".join(secrets.choice(_ALPHABET) for _ in range(8))
-                seconds, micros = client.time()
                 key = ApiKey(
                     id=key_id,
                     name=name,
                     scopes=tuple(sorted(set(scopes))),
                     rate_per_min=rate_per_min,
                     jobs_per_day=jobs_per_day,
-                    created_ms=int(seconds) * 1000 + int(micros) // 1000,
+                    created_ms=time_ms(client.time()),
                 )
                 entry = asdict(key) | {"digest": hashlib.sha256(secret.encode()).hexdigest()}
                 if client.hsetnx(keys.API_KEYS, key_id, json.dumps(entry)):
@@ -138,8 +138,7 @@ class ApiKeys:
             raise InvalidOption(f"no key {key_id!r}; `latentq keys list` has them", field="key")
         with broker_errors(self._connections.url):
             if not entry["revoked_ms"]:
-                seconds, micros = self._connections.commands.time()
-                entry["revoked_ms"] = int(seconds) * 1000 + int(micros) // 1000
+                entry["revoked_ms"] = time_ms(self._connections.commands.time())
                 self._connections.commands.hset(keys.API_KEYS, key_id, json.dumps(entry))
         return _key(entry)
 

@@ -60,12 +60,11 @@ def check_startable(connections: Connections, settings: Settings, own: GatewaySe
     """Raises `ConfigurationError` if the gateway would let strangers in, or nobody."""
     if own.default_vae is not None:
         catalog[own.default_vae]
-    if not Reach.of(settings, own).needs_key:
-        return
-    if not any(not key.revoked_ms for key in ApiKeys(connections).list()):
+    why = Reach.of(settings, own).why_key
+    if why is not None and not any(not key.revoked_ms for key in ApiKeys(connections).list()):
         raise ConfigurationError(
-            f"the gateway would listen on {own.host}, where others can reach it, and there is no key: make one with "
-            "`latentq keys add NAME`, or listen on 127.0.0.1 (LATENTQ_GATEWAY_HOST)"
+            f"the gateway needs a key, since {why}, and there is none: make one with `latentq keys add NAME` (while "
+            "`latentq up --no-gateway` runs, if the broker is its own), or change that setting"
         )
 
 

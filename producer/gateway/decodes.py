@@ -19,7 +19,8 @@ from broker_config.errors import (
     WaitTimeout,
 )
 from broker_config.job_document import Job, job_url
-from broker_config.messages import JobSnapshot, JobStatus
+from broker_config.job_record import JobSnapshot
+from broker_config.job_status import JobStatus
 from producer.gateway import job_lists, jobs
 from producer.gateway.api_keys import Scope
 from producer.gateway.context import Gateway

@@ -17,8 +17,9 @@ from typing import Any, Final
 from broker_config import keys
 from broker_config.connection import broker_errors
 from broker_config.errors import InvalidOption
+from broker_config.job_record import JobSnapshot
+from broker_config.job_status import JobStatus
 from broker_config.job_store import JobStore
-from broker_config.messages import JobSnapshot, JobStatus
 from producer.gateway.api_keys import ApiKey
 from producer.gateway.context import Gateway
 from producer.gateway.identity import Identity

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from broker_config.job_document import Job, job_document
+from broker_config.job_record import JobSnapshot
 from broker_config.job_store import JobStore
-from broker_config.messages import JobSnapshot
 from broker_config.queue_position import positions
 from producer.gateway.identity import Identity
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from broker_config.errors import BrokerUnreachable, JobNotFound, LatentqError
-from broker_config.messages import JobSnapshot
+from broker_config.job_record import JobSnapshot
 from producer.client import DecodeClient
 from producer.gateway.api_keys import Scope
 from producer.gateway.context import GATEWAY, IDENTITY, Gateway

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Final
 
 from broker_config.errors import JobNotFound
+from broker_config.job_record import JobSnapshot
 from broker_config.job_store import JobStore
-from broker_config.messages import JobSnapshot
 from broker_config.queue_position import positions
 from producer.async_client import AsyncDecodeClient
 

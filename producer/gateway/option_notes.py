@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Mapping
 
-from producer.submission import DecodeOptions
+from producer.decode_options import DecodeOptions
 
 _NOTE = re.compile(r"((?:    #: [^\n]*\n)+)    (\w+):")
 

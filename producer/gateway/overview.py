@@ -10,7 +10,7 @@ from typing import Final
 
 from aiohttp import web
 
-from broker_config.messages import JobStatus
+from broker_config.job_status import JobStatus
 from broker_config.queue_report import QueueState, WorkerState
 from broker_config.tally import Pulse, Tallies
 from producer.async_client import AsyncDecodeClient

@@ -15,7 +15,7 @@ from typing import Any, Final
 from multidict import MultiMapping
 
 from broker_config.errors import InvalidOption
-from producer.submission import DecodeOptions
+from producer.decode_options import DecodeOptions
 
 _TRUE: Final = ("true", "1")
 _FALSE: Final = ("false", "0")
@@ -120,7 +120,7 @@ def options_of(
 
 
 def options_of_json(value: object, *, besides: Iterable[str] = ()) -> dict[str, Any]:
-    """Options of a job as a JSON object; checked further where every client's options are (`submission.py`).
+    """Options of a job as a JSON object; checked further where every client's options are (`option_checks.py`).
 
     Raises:
         InvalidOption: not an object, or an unknown option.

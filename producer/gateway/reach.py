@@ -38,9 +38,24 @@ class Reach:
 
     @cached_property
     def needs_key(self) -> bool:
-        """Whether a request without a key is refused. A proxy on this machine would make strangers look local."""
-        proxied = self.public_url is not None and not is_loopback(_host_of(self.public_url))
-        return self.own.auth == "required" or not self.is_loopback or bool(self.own.allowed_hosts) or proxied
+        """Whether a request without a key is refused."""
+        return self.why_key is not None
+
+    @cached_property
+    def why_key(self) -> str | None:
+        """The setting by which a request without a key is refused, and what follows from it; None: none is.
+
+        A proxy on this machine would make strangers look local, so a name of its own counts as being reached by others.
+        """
+        if self.own.auth == "required":
+            return "LATENTQ_GATEWAY_AUTH is `required`"
+        if not self.is_loopback:
+            return f"others can reach {self.own.host} (LATENTQ_GATEWAY_HOST)"
+        if self.own.allowed_hosts:
+            return f"others ask for {', '.join(self.own.allowed_hosts)} (LATENTQ_GATEWAY_ALLOWED_HOSTS)"
+        if self.public_url is not None and not is_loopback(_host_of(self.public_url)):
+            return f"others reach it as {self.public_url} (LATENTQ_PUBLIC_URL)"
+        return None
 
     @property
     def has_tls(self) -> bool:

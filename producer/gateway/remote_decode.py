@@ -16,8 +16,8 @@ from aiohttp import web
 from multidict import MultiMapping
 
 from broker_config.errors import BadRequest, InvalidOption, MediaTypeUnsupported, WaitTimeout
+from broker_config.job_record import JobSnapshot
 from broker_config.latent_geometry import LatentState
-from broker_config.messages import JobSnapshot
 from producer.gateway import jobs
 from producer.gateway.api_keys import Scope
 from producer.gateway.context import Gateway

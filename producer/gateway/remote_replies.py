@@ -20,7 +20,7 @@ from typing import Final
 
 import numpy as np
 
-from broker_config.messages import Artifact, DecodeResult
+from broker_config.decode_result import Artifact, DecodeResult
 from broker_config.tensor_header import TensorHeader, read_header
 from broker_config.tiered_blob_store import TieredBlobStore
 

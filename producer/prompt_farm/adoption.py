@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from broker_config.errors import JobConflict, ResultExpired
-from broker_config.messages import JobStatus
+from broker_config.job_status import JobStatus
 from producer.client import DecodeClient
 from producer.prompt_farm.plan import Task
 

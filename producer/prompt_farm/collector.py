@@ -2,7 +2,9 @@
 
 DESIGN. One thread listens on the broker for jobs that ended (`ended_jobs.heard_of`) and looks at all of them now and
 then, for what was not heard of. A few threads fetch, store and note down, since a bucket answers late. A broker or a
-store that is away only delays: nothing is given up but jobs that ended badly.
+store that is away only delays: nothing is given up but jobs that ended badly, and those that are nowhere, neither in
+the broker nor in the spool, two looks in a row (the file was set aside; the broker lost its data): nobody would ever
+tell of them.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-from broker_config.errors import BrokerError, LatentqError
-from broker_config.messages import JobSnapshot
+from broker_config.errors import BrokerError, JobNotFound, LatentqError, SpoolUnavailable
+from broker_config.job_record import JobSnapshot
 from producer.client import DecodeClient
 from producer.ended_jobs import heard_of
 from producer.prompt_farm.events import Delayed, Event, failure
@@ -50,6 +52,8 @@ class Collector:
         self._changed = threading.Condition()
         self._waiting: dict[str, Task] = {}
         self._spooled: set[str] = set()
+        #: Jobs that were nowhere at the last look.
+        self._missing: set[str] = set()
         self._busy = 0
         self._closing = False
         self._is_last = False
@@ -115,12 +119,20 @@ class Collector:
                 self._emit(Delayed(stage="decode", code=error.code, message=error.message))
                 self._pause()
                 continue
+            except OSError as error:
+                self._emit(Delayed(stage="submit", code=SpoolUnavailable.code, message=f"the spool: {error.strerror}"))
+                self._pause()
+                continue
             for job_id in ended:
-                with self._changed:
-                    task = self._waiting.pop(job_id)
-                    self._spooled.discard(job_id)
-                    self._busy += 1
-                self._fetchers.submit(self._fetch, task)
+                self._fetchers.submit(self._fetch, self._taken_out(job_id, busy=1))
+
+    def _taken_out(self, job_id: str, *, busy: int = 0) -> Task:
+        """The task of a job that is not waited for any more."""
+        with self._changed:
+            self._spooled.discard(job_id)
+            self._busy += busy
+            self._changed.notify_all()
+            return self._waiting.pop(job_id)
 
     def _flush(self) -> None:
         """Hands over what waits in the spool: who kept it there may have ended since."""
@@ -135,7 +147,20 @@ class Collector:
         found: dict[str, JobSnapshot] = {}
         for start in range(0, len(ids), _CHUNK):
             found |= self._client.store.find(ids[start : start + _CHUNK])
+        self._give_up([job_id for job_id in ids if job_id not in found])
         return [job_id for job_id, snapshot in found.items() if snapshot.status.is_terminal]
+
+    def _give_up(self, unknown: list[str]) -> None:
+        """Fails those of these jobs that were nowhere at the last look either."""
+        spool = self._client.spool
+        nowhere = set(unknown) - (spool.spool.holds(unknown) if spool is not None else set())
+        for job_id in nowhere & self._missing:
+            error = JobNotFound(
+                f"job {job_id} is neither in the broker nor in the spool any more: the broker lost it, or its file was "
+                "set aside (`latentq spool list` says why)"
+            )
+            self._emit(failure(self._taken_out(job_id).job_id, "decode", error))
+        self._missing = nowhere - self._missing
 
     def _pause(self) -> None:
         with self._changed:

@@ -15,10 +15,10 @@ from broker_config.latent_geometry import LAYOUTS, FrameRule, Geometry, LatentLa
 from broker_config.messages import Output
 from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
+from producer.option_checks import check_pixels, checked_metadata
 from producer.pipeline_table import EXCEPTED, PIPELINES
 from producer.pipelines import config_of, options_of
 from producer.prompt_farm.plan import Task
-from producer.submission import check_pixels, checked_metadata
 
 #: Field of a row → argument of a diffusers pipeline.
 ARGUMENTS: Final[Mapping[str, str]] = {

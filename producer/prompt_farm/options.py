@@ -10,9 +10,9 @@ from broker_config.errors import InvalidOption
 from broker_config.keys import Priority
 from broker_config.messages import Mode
 from broker_config.settings import Settings
+from producer.decode_options import DecodeOptions
 from producer.prompt_farm.naming import DEFAULT_TEMPLATE
 from producer.prompt_farm.rows import ROW_FIELDS, checked_row
-from producer.submission import DecodeOptions
 from producer.webhook_option import checked_webhook
 
 #: Of a row, what a run may say for all of them.

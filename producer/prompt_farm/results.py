@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from broker_config.errors import BlobStoreUnavailable, BrokerError, JobError, WrongOutput
-from broker_config.messages import JobSnapshot
+from broker_config.job_record import JobSnapshot
 from producer.client import DecodeClient
 from producer.job_handle import finished_result
 from producer.prompt_farm.destination import Destination
@@ -127,10 +127,8 @@ class ResultKeeper:
             file = f"{self._names[task.job_id]}.{artifact.extension}"
             self._destination.write(file, data)
             self._note(task, file, data, timings)
-        if self._free:
-            # It is safe here. A result that the broker keeps for want of this word goes with its retention.
-            with contextlib.suppress(BrokerError, JobError):
-                self._client.job(task.submit_id).ack()
+        if file is not None:
+            self.free(task)
         self._deliver(
             FarmResult(
                 task=task,
@@ -140,6 +138,12 @@ class ResultKeeper:
                 worker=snapshot.worker,
             )
         )
+
+    def free(self, task: Task) -> None:
+        """Says that a result is safe here. One that the broker keeps for want of this word goes with its retention."""
+        if self._free:
+            with contextlib.suppress(BrokerError, JobError):
+                self._client.job(task.submit_id).ack()
 
     def _note(self, task: Task, file: str, data: bytes, timings: Mapping[str, float | None]) -> None:
         if self._manifest is None:

@@ -202,6 +202,8 @@ class Run:
                 if result is not None:
                     self._count(result)
                     yield result
+                    if result.data is not None:  # whoever asks for the next one has this one
+                        self._keeper.free(result.task)
                 if self._running == 0 and self.stopping.is_set() and self._events.empty():
                     return
         finally:

@@ -14,6 +14,7 @@ from broker_config.errors import (
     BrokerNotRunning,
     BrokerUnreachable,
     ConfigurationError,
+    LatentqError,
 )
 from producer import DecodeClient
 
@@ -63,6 +64,21 @@ def test_a_url_that_is_none(url: str) -> None:
         DecodeClient.from_url(url)
     assert refusal.value.code == "configuration_invalid"
     assert "redis://host:6379/0" in refusal.value.message
+    assert "s3cret" not in said(refusal.value)
+
+
+@pytest.mark.parametrize("sign", list("/#?[]@:%"))
+@pytest.mark.parametrize("form", ["redis://:s3cret{}t41l@localhost:1/0", "redis://me:41{}s3cret@localhost:1/0"])
+def test_no_sign_of_a_password_brings_it_to_light(form: str, sign: str) -> None:
+    """Base64 has slashes. Written as a URL has them, they would be %2F."""
+    with pytest.raises(LatentqError) as refusal, DecodeClient.from_url(form.format(sign)) as client:
+        client.ping()
+    assert refusal.value.code in ("configuration_invalid", "broker_unreachable")
+    if refusal.value.code == "configuration_invalid":
+        assert "%2F" in refusal.value.message
+    assert "redis://localhost:1/0" in refusal.value.message
+    for part in ("s3cret", "t41l", "41"):
+        assert part not in refusal.value.message
     assert "s3cret" not in said(refusal.value)
 
 

@@ -158,7 +158,8 @@ from types import SimpleNamespace
 from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeCatalog
 from producer.pipelines import options_of
-from producer.submission import DecodeOptions, build_request
+from producer.submission import build_request
+from producer.decode_options import DecodeOptions
 from producer.tensor_input import to_tensor_file
 WanPipeline = type("WanPipeline", (SimpleNamespace,), {})
 options = options_of(WanPipeline(vae=None), {}, catalog=VaeCatalog.load())

@@ -124,3 +124,13 @@ def test_bad_options_are_refused_before_anything_is_copied(door: Door) -> None:
         door.refuses(InvalidOption, code="invalid_option", field="output", words="gif"),
     ):
         door.client.submit(claimed(1, 4, 1000, 1000), vae="sd", output="gif")
+
+
+def test_numbers_that_the_broker_cannot_hold_in_one_value_are_refused_before_they_are_made(door: Door) -> None:
+    """129 frames of 720p: 357 MB as uint8, 713 MB or more as the VAE's own numbers; Redis ends at 512 MiB."""
+    latents = torch.zeros(1, 16, 33, 90, 160, dtype=torch.float16)
+    words = "at least 713318400 bytes | 536870912 | mp4 | LATENTQ_BLOB_STORE"
+    with door.refuses(InvalidOption, code="invalid_option", field="output", words=words):
+        door.client.submit(latents, vae="hunyuanvideo", output="tensor")
+    for output in ("uint8", "mp4"):
+        assert door.client.submit(latents, vae="hunyuanvideo", output=output).cancel() == "canceled"

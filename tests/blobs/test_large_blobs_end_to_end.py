@@ -18,8 +18,8 @@ from broker_config.blob_store import REDIS_STORE
 from broker_config.connection import Connections
 from broker_config.errors import BlobStoreUnavailable, ConfigurationError
 from broker_config.external_store import ExternalStore
+from broker_config.job_status import JobStatus
 from broker_config.job_store import JobStore
-from broker_config.messages import JobStatus
 from broker_config.settings import Settings, load_settings
 from broker_config.vae_catalog import VaeCatalog
 from producer import DecodeClient

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from broker_config import keys
+from broker_config.claims import Claim, Outcome
 from broker_config.connection import Connections
+from broker_config.decode_result import Artifact, DecodeResult
 from broker_config.errors import BlobStoreUnavailable, JobConflict, QueueFull, ResultExpired
 from broker_config.external_store import ExternalStore
-from broker_config.job_store import Claim, JobStore, Outcome
-from broker_config.messages import Artifact, BlobRef, DecodeRequest, DecodeResult, JobStatus
+from broker_config.job_status import JobStatus
+from broker_config.job_store import JobStore
+from broker_config.messages import BlobRef, DecodeRequest
 from broker_config.settings import Settings
 from broker_config.tiered_blob_store import TieredBlobStore
 from producer import DecodeClient

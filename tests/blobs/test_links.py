@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
+from broker_config.decode_result import Artifact, DecodeResult
+from broker_config.job_record import JobSnapshot
 from broker_config.job_store import JobStore
 from broker_config.link_signing import LinkSigner
-from broker_config.messages import Artifact, DecodeResult, JobSnapshot
 from broker_config.settings import Settings
 from broker_config.tiered_blob_store import TieredBlobStore
 from producer import DecodeClient
@@ -49,6 +50,15 @@ def assert_of_gateway(link: str, job: JobSnapshot, number: int) -> None:
     assert f"{parts.scheme}://{parts.netloc}{parts.path}" == f"https://queue.example/v1/decodes/cat/output/{number}"
     assert query["expires"] == str(job.expires_ms // 1000)
     LinkSigner([KEY], "https://queue.example").check(parts.path, now_s=job.expires_ms / 1000 - 2, **query)
+
+
+def test_a_store_that_hangs_holds_up_nobody_who_only_points_to_it(
+    job: JobSnapshot, settings: Settings, open_tiers: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TieredBlobStore, "_open", lambda self: pytest.fail("the store was asked"))
+    small, large = OutputLinks(settings, open_tiers(settings)).of(job, now_ms=job.ended_ms)
+    assert_of_gateway(small, job, 0)
+    assert "cat" in large
 
 
 @pytest.mark.parametrize("place", ["s3"], indirect=True)

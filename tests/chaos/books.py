@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from broker_config import keys
-from broker_config.messages import JobSnapshot, JobStatus
+from broker_config.job_record import JobSnapshot
+from broker_config.job_status import JobStatus
 from producer import DecodeClient
 from tests.chaos.storm_plan import Report
 from tests.support.keys_left import stray_keys

@@ -18,11 +18,12 @@ from broker_config import keys
 from broker_config.connection import connect_url
 from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import BrokerError, LatentqError
-from broker_config.messages import JobSnapshot
+from broker_config.job_record import JobSnapshot
 from broker_config.settings import Settings, load_settings
 from broker_config.vae_catalog import VaeCatalog
 from producer import DecodeClient
-from producer.submission import DecodeOptions, build_request, new_job_id
+from producer.decode_options import DecodeOptions
+from producer.submission import build_request, new_job_id
 from producer.tensor_input import to_tensor_file
 from tests.chaos.books import VARIANTS, Books, digest, suspicious_lines
 from tests.chaos.crew import POISON, Member

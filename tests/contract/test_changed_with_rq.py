@@ -10,9 +10,11 @@ from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.serializers import JSONSerializer
 
 from broker_config import keys
-from broker_config.job_store import Claim, Outcome
-from broker_config.messages import JobStatus, Mode
+from broker_config.claims import Claim, Outcome
+from broker_config.job_status import JobStatus
+from broker_config.messages import Mode
 from tests.support.rq_side import QUEUE, Side
+from tests.support.store_queue import NO_OUTAGE_S
 from tests.support.wait import wait_until
 
 # Our jobs, changed with RQ's tools -----------------------------------------------------------------------------
@@ -83,6 +85,22 @@ def test_a_running_job_canceled_with_rqs_tools_is_canceled_by_its_worker(side: S
     side.submit("job")
     worker = side.worker()
     claim = worker.claim_one()
+    side.fetch("job").cancel()
+    assert worker.renew(claim) == ["cancel"]
+    assert side.store.cancel("job", execution=claim.execution) == "canceled"
+    assert side.listed() == {"Canceled": ["job"]}
+
+
+def test_a_job_canceled_with_rqs_tools_while_it_was_cut_off_is_canceled_by_its_worker(
+    side: Side,
+) -> None:
+    side.submit("job")
+    worker = side.worker()
+    claim = worker.claim_one()
+    side.store.reap("janitor", quiet_s=NO_OUTAGE_S)
+    side.admin.hset(keys.REAPER, "grace_ms", 0)
+    side.admin.zadd(keys.LEASES, {"job": 1})
+    assert side.store.reap("janitor", quiet_s=NO_OUTAGE_S).jobs == {"job": "requeued"}
     side.fetch("job").cancel()
     assert worker.renew(claim) == ["cancel"]
     assert side.store.cancel("job", execution=claim.execution) == "canceled"

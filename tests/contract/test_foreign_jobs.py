@@ -11,7 +11,8 @@ from rq.registry import (
 from rq.results import Result
 
 from broker_config import keys
-from broker_config.messages import DECODE_FUNCTION, JobStatus, Mode
+from broker_config.job_status import JobStatus
+from broker_config.messages import DECODE_FUNCTION, Mode
 from tests.support import rq_functions
 from tests.support.broker_contents import assert_same, everything
 from tests.support.rq_side import DAY_S, QUEUE, Side

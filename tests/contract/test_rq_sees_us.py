@@ -7,7 +7,8 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 from rq.worker import Worker
 
-from broker_config.messages import DECODE_FUNCTION, JobStatus, Mode
+from broker_config.job_status import JobStatus
+from broker_config.messages import DECODE_FUNCTION, Mode
 from tests.support.rq_side import QUEUE, Side, facts_of
 from tests.support.wait import wait_until
 

@@ -16,8 +16,8 @@ from rq.serializers import JSONSerializer
 from rq.worker import Worker
 
 from broker_config import keys
-from broker_config.job_store import Outcome
-from broker_config.messages import JobStatus
+from broker_config.claims import Outcome
+from broker_config.job_status import JobStatus
 from tests.support.broker_contents import assert_same, everything
 from tests.support.rq_side import DAY_S, QUEUE, Side
 from tests.support.wait import wait_until

@@ -18,7 +18,7 @@ from rq.job import Retry
 from rq.serializers import JSONSerializer
 from rq.worker import WorkerStatus
 
-from broker_config.job_store import Claim, Outcome
+from broker_config.claims import Claim, Outcome
 from tests.support import rq_functions
 from tests.support.rq_side import RETENTION_S, Facts, Side, facts_of
 

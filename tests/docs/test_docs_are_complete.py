@@ -19,12 +19,13 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
 from broker_config import errors, keys
-from broker_config.latent_geometry import LatentLayout
-from broker_config.messages import TRANSITIONS, JobStatus, Mode, Output
+from broker_config.job_status import TRANSITIONS, JobStatus
+from broker_config.latent_geometry import FACTS, LatentLayout
+from broker_config.messages import Mode, Output
 from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeEntry
 from producer.cli import app
-from producer.submission import DecodeOptions
+from producer.decode_options import DecodeOptions
 from worker.settings import load_worker_settings
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +103,17 @@ def test_every_option_is_documented_under_its_name_on_the_command_line() -> None
     for name, row in by_name("options.md", "option").items():
         documented = code(row["on the command line"])
         assert documented in flags[name] if name in flags else documented == "", name
+
+
+def test_redecode_takes_the_options_that_do_not_belong_to_the_latents() -> None:
+    command = typer.main.get_command(app)
+    assert isinstance(command, click.Group) or hasattr(command, "commands")
+    flags = [{item.name: item.opts for item in command.commands[name].params} for name in ("submit", "redecode")]
+    of_latents = {"vae", "layout", "state", "height", "width", "num_frames", *FACTS}
+    names = {field.name for field in dataclasses.fields(DecodeOptions)} - of_latents
+    assert names <= set(flags[1])
+    assert not of_latents & set(flags[1])
+    assert {name: flags[1][name] for name in names} == {name: flags[0][name] for name in names}
 
 
 @pytest.mark.parametrize(

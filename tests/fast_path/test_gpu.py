@@ -15,7 +15,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import nn
 
 from tests.support import tiny_families
+from tests.support.clip_vaes import CLIP_FAMILIES, clip_family
 from tests.support.kl_vaes import family
+from worker import lowmem_decode
 from worker.bench_vaes import random_vae
 from worker.decode_meter import decoder_of, measure
 from worker.decode_planner import DecodeMode
@@ -124,6 +126,27 @@ def test_a_compiled_decode_is_near_the_plain_one() -> None:
         plain = decibels(decode(vae, z), expected)
         for compiled in (False, True):
             assert decibels(decode(fast.module(compiled=compiled), z), expected) >= plain - 1.0
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("name", CLIP_FAMILIES)
+def test_a_clip_in_low_memory_is_the_plain_one(name: str, lean: bool) -> None:
+    """Lean ones remember frames in host memory."""
+    vae = clip_family(name).to(GPU)
+    z = torch.randn(1, vae.config.latent_channels, 7, 12, 10, device=GPU)
+    expected = decode(vae, z)
+    for _ in range(3):  # what is remembered is written over while the device still works
+        assert float((lowmem_decode.decode(vae, z, lean=lean).float() - expected).abs().max()) <= 1e-4
+
+
+def test_a_lean_clip_of_groups_takes_less_than_the_largest_activation() -> None:
+    vae = random_vae("cogvideox", device=GPU, dtype=torch.bfloat16)
+    z = torch.randn(1, vae.config.latent_channels, 5, 60, 90, device=GPU).bfloat16()
+    largest = lowmem_decode.largest_bytes(vae, z.shape, z.dtype)
+    lean = decoder_of(vae, DecodeMode.LEAN)
+    measure(lean, z[..., :8, :8])  # workspaces and code
+    picture = 3 * 17 * 480 * 720 * 2
+    assert measure(lean, z).peak_bytes <= 1.1 * largest + 2 * picture
 
 
 @pytest.mark.parametrize(

@@ -27,31 +27,38 @@ from tests.support.processes import environment_of
 
 
 @pytest.mark.parametrize(
-    ("own", "needs_key"),
+    ("own", "because"),
     [
-        ({}, False),
-        ({"host": "localhost"}, False),
-        ({"host": "::1"}, False),
-        ({"host": "127.0.0.2"}, False),
-        ({"host": "0.0.0.0"}, True),
-        ({"host": "::"}, True),
-        ({"host": "192.0.2.1"}, True),
-        ({"host": "gateway.example"}, True),
-        ({"auth": "required"}, True),
-        ({"allowed_hosts": "gateway.example"}, True),  # a proxy on this machine makes strangers look local
+        ({}, ""),
+        ({"host": "localhost"}, ""),
+        ({"host": "::1"}, ""),
+        ({"host": "127.0.0.2"}, ""),
+        ({"host": "0.0.0.0"}, "LATENTQ_GATEWAY_HOST"),
+        ({"host": "::"}, "LATENTQ_GATEWAY_HOST"),
+        ({"host": "192.0.2.1"}, "LATENTQ_GATEWAY_HOST"),
+        ({"host": "gateway.example"}, "LATENTQ_GATEWAY_HOST"),
+        ({"auth": "required"}, "LATENTQ_GATEWAY_AUTH"),
+        # a proxy on this machine makes strangers look local
+        ({"allowed_hosts": "gateway.example"}, "LATENTQ_GATEWAY_ALLOWED_HOSTS"),
+        ({"public_url": "https://latentq.example"}, "LATENTQ_PUBLIC_URL"),
     ],
 )
 def test_others_need_keys_and_without_any_it_does_not_start(
-    own: dict[str, str], needs_key: bool, broker_url: str, new_key: Callable[..., str]
+    own: dict[str, str], because: str, broker_url: str, new_key: Callable[..., str]
 ) -> None:
-    shared, settings = load_settings(_env_file=None), load_gateway_settings(_env_file=None, **own)
-    assert Reach.of(shared, settings).needs_key is needs_key
+    shared = load_settings(_env_file=None, public_url=own.get("public_url"))
+    settings = load_gateway_settings(
+        _env_file=None, **{name: value for name, value in own.items() if name != "public_url"}
+    )
+    assert Reach.of(shared, settings).needs_key is bool(because)
     connections = connect_url(broker_url, name="latentq-test")
     catalog = VaeCatalog.load()
     try:
-        if needs_key:
-            with pytest.raises(ConfigurationError, match="latentq keys add"):
+        if because:
+            with pytest.raises(ConfigurationError, match="latentq keys add") as refusal:
                 check_startable(connections, shared, settings, catalog=catalog)
+            assert because in refusal.value.message
+            assert "--no-gateway" in refusal.value.message
             new_key("submit")
         check_startable(connections, shared, settings, catalog=catalog)
     finally:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from broker_config.messages import Artifact, BlobRef, DecodeResult
+from broker_config.decode_result import Artifact, DecodeResult
+from broker_config.messages import BlobRef
 from broker_config.tensor_header import write_header
 from producer.gateway.remote_replies import Reply, make_reply
 from tests.gateway.conftest import problem

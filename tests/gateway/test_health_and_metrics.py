@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 
-from broker_config.messages import JobSnapshot
+from broker_config.job_record import JobSnapshot
 from broker_config.settings import Settings
 from broker_config.tally import BOUNDS_MS, Tallies
 from tests.gateway.conftest import SECRET, WEBHOOKS, problem

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import requests
 
-from broker_config.messages import Artifact, DecodeResult
+from broker_config.decode_result import Artifact, DecodeResult
 from tests.gateway.conftest import SAFETENSORS, latents, problem, safetensors
 from tests.gateway.test_job_api import submit
 from tests.support.gateways import RunningGateway

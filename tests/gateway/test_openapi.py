@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from broker_config.embedded_broker import EmbeddedBroker
-from broker_config.messages import JobStatus
+from broker_config.job_status import JobStatus
 from broker_config.settings import load_settings
 from producer.gateway.openapi import document
 from producer.gateway.query import OPTIONS

@@ -13,8 +13,9 @@ from broker_config.errors import (
     JobConflict,
     QueueFull,
 )
+from broker_config.job_status import JobStatus
 from broker_config.job_store import JobStore
-from broker_config.messages import DecodeRequest, JobStatus, Output
+from broker_config.messages import DecodeRequest, Output
 from tests.support.broker_contents import assert_same, everything
 from tests.support.store_queue import PX, SHORT_S, Queue
 from tests.support.store_worker import StoreWorker

@@ -8,8 +8,10 @@ import pytest
 
 from broker_config import keys
 from broker_config.blob_store import draft
-from broker_config.job_store import JobStore, Outcome
-from broker_config.messages import Artifact, DecodeResult, Output
+from broker_config.claims import Outcome
+from broker_config.decode_result import Artifact, DecodeResult
+from broker_config.job_store import JobStore
+from broker_config.messages import Output
 from tests.support.store_queue import Queue, ids
 
 

@@ -7,8 +7,13 @@ from collections.abc import Callable
 import pytest
 
 from broker_config import keys
-from broker_config.job_store import Outcome
-from broker_config.messages import JobStatus, Mode
+from broker_config.claims import Outcome
+from broker_config.errors import JobNotFound
+from broker_config.job_list import JobList
+from broker_config.job_status import JobStatus
+from broker_config.messages import Mode
+from broker_config.queue_report import QueueReport
+from broker_config.webhooks import Webhook, WebhookEvent
 from tests.support.store_queue import LONG_S, NO_OUTAGE_S, PX, Queue, ids
 from tests.support.wait import wait_until
 from worker.janitor import Janitor
@@ -106,6 +111,28 @@ def test_an_audit_mends_the_others(queue: Queue) -> None:
     assert queue.store().audit(["broken", lost], settle_s=1) == {"broken": "broken", lost: "requeued"}
 
 
+@pytest.mark.parametrize("key", [FAILED, "rq:results:job"], ids=["registry", "results"])
+@pytest.mark.parametrize("ends", ["succeed", "fail"])
+def test_a_key_of_another_kind_where_rq_has_its_own_keeps_nobody_from_hearing_of_the_end(
+    queue: Queue, key: str, ends: str
+) -> None:
+    """A script that raised after it wrote the state would leave waiters and webhooks without a word, for good."""
+    hook = Webhook(url="https://hooks.example/done", events=(WebhookEvent.SUCCEEDED, WebhookEvent.FAILED), inline=False)
+    secrets = ["whsec_" + "a" * 32]
+    assert queue.store(webhook_allow=("hooks.example",)).submit(queue.request("job", webhook=hook), secrets=secrets)
+    worker = queue.worker()
+    claim = worker.claim_one()
+    queue.admin.set(key, "of another kind")
+    heard = queue.admin.pubsub()
+    heard.subscribe(keys.ENDED_CHANNEL)
+    outcome = worker.succeed(claim) if ends == "succeed" else worker.fail(claim)
+    assert outcome in (Outcome.COMPLETED, Outcome.FAILED)
+    wait_until(lambda: (heard.get_message(ignore_subscribe_messages=True) or {}).get("data") == b"job", what="the ring")
+    event = "succeeded" if ends == "succeed" else "failed"
+    assert queue.admin.hget(keys.delivery(f"msg_job_{event}"), "state") == b"pending"
+    assert queue.totals()["jobs"] == 0
+
+
 @pytest.mark.parametrize("step", ["_reap", "_end_overdue", "_audit"])
 def test_a_part_of_the_janitors_round_that_fails_does_not_stop_the_others(
     queue: Queue, step: str, monkeypatch: pytest.MonkeyPatch
@@ -125,6 +152,23 @@ def test_a_part_of_the_janitors_round_that_fails_does_not_stop_the_others(
         return bool(queue.admin.hget(keys.job(job), "state") == b"expired")
 
     wait_until(retired, what="the end of its retention")
+
+
+def test_a_record_that_was_written_over_is_gone_and_hides_no_other(queue: Queue) -> None:
+    broken, fine = queue.submit_many(2)
+    queue.admin.rename(keys.job(broken), "kept")
+    queue.admin.set(keys.job(broken), "of another kind")
+    jobs = JobList(queue.store().connections)
+    assert [row.job_id for row in jobs.page().rows] == [fine]
+    assert [row.job_id for row in jobs.page(status=JobStatus.QUEUED, vae="sd").rows] == [fine]
+    assert list(queue.store().find([broken, fine])) == [fine]
+    with pytest.raises(JobNotFound, match=broken):
+        queue.store().snapshot(broken)
+    with pytest.raises(JobNotFound, match=broken):
+        queue.store().ended([fine, broken])
+    (report,) = QueueReport(queue.store().connections).queues("sd")
+    assert report.oldest_s is not None
+    queue.admin.rename("kept", keys.job(broken))
 
 
 def test_ids_that_are_no_text_do_not_stop_the_audit(queue: Queue) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from broker_config import keys
+from broker_config.job_status import JobStatus
 from broker_config.job_store import ALONG_BYTES
 from broker_config.keys import Priority
-from broker_config.messages import JobStatus, Mode
+from broker_config.messages import Mode
 from tests.support.broker_contents import assert_same, everything
 from tests.support.store_queue import LONG_S, PX, SHORT_S, Queue, ids
 from tests.support.store_worker import StoreWorker

@@ -8,11 +8,11 @@ from typing import Final
 import pytest
 
 from broker_config import keys
+from broker_config.claims import Claim, Outcome
+from broker_config.decode_result import DecodeResult
 from broker_config.errors import (
     JobNotFound,
 )
-from broker_config.job_store import Claim, Outcome
-from broker_config.messages import DecodeResult
 from tests.support.broker_contents import assert_same, everything
 from tests.support.store_queue import SHORT_S, Queue, ids
 from tests.support.store_worker import StoreWorker

@@ -10,13 +10,14 @@ import pytest
 from rq.utils import utcformat
 
 from broker_config import keys, scripts
+from broker_config.claims import Outcome
 from broker_config.errors import (
     BrokerRefusesWrites,
     QueueFull,
 )
 from broker_config.external_index import ExternalIndex
-from broker_config.job_store import Outcome
-from broker_config.messages import SCHEMA_VERSION, JobStatus
+from broker_config.job_status import JobStatus
+from broker_config.messages import SCHEMA_VERSION
 from tests.support.broker_contents import assert_same, everything
 from tests.support.store_queue import SHORT_S, Queue, end
 

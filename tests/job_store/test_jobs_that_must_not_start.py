@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from broker_config import job_store, keys
+from broker_config.claims import Outcome
 from broker_config.errors import (
     StartDeadlinePassed,
 )
-from broker_config.job_store import Outcome
-from broker_config.messages import SCHEMA_VERSION, JobStatus, Mode
+from broker_config.job_status import JobStatus
+from broker_config.messages import SCHEMA_VERSION, Mode
 from tests.support.store_queue import PX, Queue, ids
 
 # Claim: jobs that must not start -------------------------------------------------------------------------------
@@ -152,6 +153,31 @@ def test_a_start_deadline_is_for_the_first_attempt_only(queue: Queue) -> None:
     worker = queue.worker()
     worker.fail(worker.claim_one(), retryable=True)
     queue.wait_ms(210)
+    assert ids(worker.claim()) == [job]
+
+
+def test_a_start_deadline_that_passed_while_the_job_was_only_held_counts_when_it_is_handed_back(queue: Queue) -> None:
+    job = queue.submit(start_within_s=0.05)
+    worker = queue.worker()
+    claim = worker.claim_one()
+    worker.renew(claim, stage="ready")
+    queue.wait_ms(60)
+    assert queue.store().overdue() == []  # a worker has it
+    assert queue.store().release([claim]) == 1
+    assert queue.state(job) is JobStatus.QUEUED
+    assert queue.store().overdue() == [job]  # without any further claim
+    assert queue.state(job) is JobStatus.FAILED
+
+
+def test_a_decode_that_began_in_time_is_handed_back_without_a_start_deadline(queue: Queue) -> None:
+    job = queue.submit(start_within_s=0.05)
+    worker = queue.worker()
+    claim = worker.claim_one()
+    worker.renew(claim, stage="device")
+    queue.wait_ms(60)
+    queue.store().overdue()
+    assert queue.store().release([claim]) == 1
+    assert queue.store().overdue() == []
     assert ids(worker.claim()) == [job]
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from broker_config import keys
-from broker_config.messages import JobStatus
+from broker_config.job_status import JobStatus
 from tests.support.store_queue import Queue
 
 #: Ids without a job: enough for a walk over all of them to be told from one over a few.

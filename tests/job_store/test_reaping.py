@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from broker_config import keys
+from broker_config.job_status import JobStatus
 from broker_config.job_store import JobStore
-from broker_config.messages import JobStatus, Mode
+from broker_config.messages import Mode
 from tests.support.broker_contents import assert_same, everything
 from tests.support.store_queue import NO_OUTAGE_S, PX, SHORT_S, Queue
 from tests.support.store_worker import StoreWorker

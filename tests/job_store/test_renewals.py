@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from broker_config import keys
-from broker_config.job_store import Outcome
-from broker_config.messages import JobStatus
+from broker_config.claims import Outcome
+from broker_config.job_status import JobStatus
 from tests.support.store_queue import LONG_S, SHORT_S, Queue, ids
 
 # Renew ---------------------------------------------------------------------------------------------------------

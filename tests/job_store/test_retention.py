@@ -11,7 +11,8 @@ from broker_config import keys
 from broker_config.errors import (
     BlobMissing,
 )
-from broker_config.messages import DecodeRequest, JobStatus
+from broker_config.job_status import JobStatus
+from broker_config.messages import DecodeRequest
 from tests.support.broker_contents import assert_same, everything
 from tests.support.store_queue import Queue, end, names
 from tests.support.wait import wait_until

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from tests.support.clip_vaes import CLIP_FAMILIES, clip_family, mochi
 from tests.support.last_bits import psnr_db, rounding_db
 from worker import lowmem_decode
+from worker.lowmem_decode import decode_plan, decoder
 from worker.lowmem_decode.decode_plan import plan_decode
+from worker.lowmem_decode.frame_caches import FrameCaches
 from worker.lowmem_decode.structure import read
 
 #: What issue and docs promise in float32.
@@ -126,6 +128,27 @@ def test_a_stream_is_the_clip_group_by_group(name: str, sizes: list[int]) -> Non
     groups = list(lowmem_decode.stream(vae, z))
     assert [group.shape[2] for group in groups] == sizes
     torch.testing.assert_close(torch.cat(groups, dim=2), plain(vae, z), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mochi", "cogvideox"])
+def test_what_convolutions_remember_may_lie_in_host_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = cached(name)
+    z = latents(vae, frames=7, height=5, width=4)
+    expected = plain(vae, z)
+    monkeypatch.setattr(decode_plan, "caches_on_host", lambda program, lean: lean)
+    made: list[FrameCaches] = []
+
+    def make(**where: bool) -> FrameCaches:
+        made.append(FrameCaches(**where))
+        return made[-1]
+
+    monkeypatch.setattr(decoder, "FrameCaches", make)
+    got = lowmem_decode.decode(vae, z, lean=True)
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
+    (caches,) = made
+    spare = caches._spare
+    assert spare
+    assert any(spare.values()), "what one group does not need any more, the next one writes to"
 
 
 def test_a_short_clip_that_goes_through_at_once_streams_in_the_same_groups() -> None:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,6 +124,27 @@ def test_the_real_ones_by_arithmetic(
     for lean, limit in zip((False, True), limits, strict=True):
         held = lowmem_decode.working_bytes(vae, shape, torch.bfloat16, lean=lean) - clip
         assert held <= limit * 2 * largest
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "shape"),
+    [
+        (AutoencoderKLCogVideoX, _COGVIDEOX, (1, 16, 13, 60, 90)),
+        (AutoencoderKLMochi, {}, (1, 12, 5, 32, 32)),
+    ],
+)
+def test_on_cuda_a_lean_decode_remembers_in_host_memory(
+    kind: Any, config: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    vae = full_size(kind, **config)
+    program = replace(read(vae), device=torch.device("cuda"))
+    largest = lowmem_decode.largest_bytes(vae, shape, torch.bfloat16)
+    plan = plan_decode(vae, program, shape, lean=True)
+    assert plan.caches_on_host
+    assert plan.cache_bytes == 0
+    assert plan.peak_bytes <= largest
+    assert not plan_decode(vae, program, shape, lean=False).caches_on_host
+    assert not plan_decode(vae, read(vae), shape, lean=True).caches_on_host
 
 
 @pytest.mark.parametrize("lean", [False, True])

@@ -13,9 +13,10 @@ import redis
 from typer.testing import CliRunner, Result
 
 from broker_config.blob_store import RedisBlobStore
+from broker_config.claims import Claim
+from broker_config.decode_result import Artifact, DecodeResult
 from broker_config.embedded_broker import EmbeddedBroker
-from broker_config.job_store import Claim, JobStore
-from broker_config.messages import Artifact, DecodeResult
+from broker_config.job_store import JobStore
 from broker_config.settings import Settings, load_settings
 from producer import DecodeClient
 from producer.cli import app

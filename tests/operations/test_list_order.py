@@ -7,7 +7,7 @@ import redis
 
 from broker_config import job_list, keys
 from broker_config.job_list import JobList
-from broker_config.messages import JobStatus
+from broker_config.job_status import JobStatus
 from producer import DecodeClient
 from tests.operations.conftest import Made
 

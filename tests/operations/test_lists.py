@@ -10,7 +10,7 @@ import redis
 from broker_config import keys
 from broker_config.errors import InvalidOption
 from broker_config.job_list import JobList
-from broker_config.messages import JobStatus
+from broker_config.job_status import JobStatus
 from broker_config.queue_report import QueueReport
 from producer import DecodeClient
 from tests.operations.conftest import LATENTS, Made, Run, parsed

@@ -7,7 +7,7 @@ import redis
 
 from broker_config import keys
 from broker_config.errors import InvalidOption, UnknownVae, WaitTimeout
-from broker_config.messages import JobStatus
+from broker_config.job_status import JobStatus
 from producer import DecodeClient
 from producer.operations import DrainState, Operations
 from tests.operations.conftest import Made, Run

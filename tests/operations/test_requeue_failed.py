@@ -9,7 +9,8 @@ import redis
 
 from broker_config import keys
 from broker_config.errors import QueueFull
-from broker_config.messages import JOB_ID, JobStatus
+from broker_config.job_status import JobStatus
+from broker_config.messages import JOB_ID
 from broker_config.settings import Settings
 from producer import DecodeClient
 from producer.operations import Operations, retry_id

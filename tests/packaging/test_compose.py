@@ -97,6 +97,26 @@ def test_each_variable_of_a_service_is_a_setting(compose: dict[str, Any]) -> Non
     assert {name for name in used if name.startswith("LATENTQ_")} <= known
 
 
+#: Settings that compose.yaml decides itself.
+_FIXED = {"LATENTQ_REDIS_URL", "LATENTQ_LOG_FORMAT", "LATENTQ_WORKER_DEVICE", "LATENTQ_GATEWAY_HOST"}
+
+
+def test_each_variable_of_the_example_reaches_a_service() -> None:
+    """docker compose reads .env to fill in compose.yaml: what is not named there is dropped without a word."""
+    named = set(re.findall(r"^# (\w+)=", (ROOT / ".env.example").read_text(encoding="utf-8"), re.MULTILINE))
+    assert "LATENTQ_RETENTION_S" in named
+    document = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+    filled = set(_INTERPOLATION.findall(yaml.safe_dump(document["services"])))
+    assert named - _FIXED == {name for name, _ in filled} & named
+
+
+def test_images_have_what_the_stores_that_compose_offers_need(compose: dict[str, Any], dockerfile: str) -> None:
+    assert all("LATENTQ_BLOB_STORE" in each["environment"] for each in compose["services"].values() if "build" in each)
+    there = stages(dockerfile)
+    assert "pip install -c constraints.txt '.[s3]'" in there["build"]
+    assert "pip install -c constraints.txt '.[worker,s3]'" in there["build-worker"]
+
+
 def test_the_worker_gets_longer_to_stop_than_it_takes(compose: dict[str, Any]) -> None:
     grace_s = WorkerSettings.model_fields["grace_s"].default
     workers = [service for service in compose["services"].values() if service.get("image") == "latentq-worker"]
@@ -144,8 +164,7 @@ def test_each_build_target_is_a_stage_that_ends_as_an_unprivileged_user(
 
 
 def test_the_weights_volume_is_where_the_image_looks_for_weights(compose: dict[str, Any], dockerfile: str) -> None:
-    (volume,) = compose["services"]["worker"]["volumes"]
-    name, path = volume.split(":")
+    name, path = compose["services"]["worker"]["volumes"][0].split(":")
     assert name in compose["volumes"]
     assert f"HF_HOME={path} " in stages(dockerfile)["worker"]
     assert f"--owner=latentq --group=latentq {path}\n" in stages(dockerfile)["worker"]
@@ -210,7 +229,8 @@ class Stack:
         program, *arguments = command or service["command"]
         installed = Path(sys.executable).with_name(program)
         assert installed.is_file(), f"{installed} is missing: pip install -e ."
-        environment = {key: str(value) for key, value in service["environment"].items()}
+        mounted = {each.split(":")[1]: each.split(":")[0] for each in service.get("volumes", [])}
+        environment = {key: mounted.get(str(value), str(value)) for key, value in service["environment"].items()}
         environment |= changed | {"LATENTQ_REDIS_URL": self.url}
         return self._spawn(name, [sys.executable, str(installed), *arguments], environment)
 

@@ -13,8 +13,9 @@ from broker_config.messages import DecodeRequest
 from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeCatalog
 from broker_config.vae_identity import config_digest
+from producer.decode_options import DecodeOptions
 from producer.pipelines import options_of
-from producer.submission import DecodeOptions, build_request
+from producer.submission import build_request
 from producer.tensor_input import to_tensor_file
 from tests.parity.tail_cases import Tail
 from worker.batch_decode import plan_of

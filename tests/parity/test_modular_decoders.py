@@ -16,7 +16,8 @@ from diffusers.video_processor import VideoProcessor
 
 from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeCatalog
-from producer.submission import DecodeOptions, build_request
+from producer.decode_options import DecodeOptions
+from producer.submission import build_request
 from producer.tensor_input import to_tensor_file
 from tests.parity.our_way import decode
 from tests.parity.tail_cases import COLUMNS, ROWS

@@ -16,12 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+from broker_config import keys
 from broker_config.connection import connect_url
 from broker_config.errors import ConfigurationError, InvalidOption, InvalidRow, UnknownPipeline, UnknownVae
-from broker_config.messages import JobStatus
+from broker_config.job_status import JobStatus
 from broker_config.settings import Settings
 from producer import AsyncDecodeClient, DecodeClient
-from producer.prompt_farm import AsyncFarm, Farm, FarmResult
+from producer.prompt_farm import AsyncFarm, Farm, FarmResult, collector
 from tests.support.demo_pictures import in_process
 from tests.support.thread_worker import ThreadWorker
 from tests.support.tiny_pipelines import tiny_pipeline
@@ -255,6 +256,61 @@ def test_what_the_queue_does_not_take_goes_to_the_spool_and_comes_home_all_the_s
     assert calls == []
     assert sorted(result.prompt for result in results) == sorted(PROMPTS)
     assert again.spool.spool.is_empty()
+
+
+def test_a_job_that_is_nowhere_any_more_fails_instead_of_being_waited_for(
+    settings: Settings, pipeline: Any, client: DecodeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file in the spool was set aside, or the broker came back empty: nobody would ever tell of it."""
+    monkeypatch.setattr(collector, "_LOOK_S", 0.05)
+    own = DecodeClient(client.store.connections, settings=settings, catalog=client.catalog, spool=tmp_path / "spool")
+    assert own.spool is not None
+    farm = Farm(pipeline, own, PROMPTS, **CALL)
+    results: list[FarmResult] = []
+    reading = threading.Thread(target=lambda: results.extend(farm))
+    reading.start()
+    try:
+        wait_until(lambda: len(client.store.connections.commands.keys(keys.job("*"))) == len(PROMPTS))
+        for key in client.store.connections.commands.keys(keys.job("*")):
+            client.store.connections.commands.delete(key)
+        reading.join(60)
+        assert not reading.is_alive()
+    finally:
+        farm.stop()
+        own.spool.close()
+    assert [result.error.code for result in results if result.error] == ["job_not_found"] * len(PROMPTS)
+
+
+def test_a_spool_that_cannot_be_read_delays_and_does_not_end_the_farm(
+    settings: Settings, pipeline: Any, client: DecodeClient, worker: ThreadWorker, tmp_path: Path
+) -> None:
+    own = DecodeClient(client.store.connections, settings=settings, catalog=client.catalog, spool=tmp_path / "spool")
+    assert own.spool is not None
+    is_empty, tries = own.spool.spool.is_empty, iter((OSError(5, "Input/output error"),))
+
+    def broken() -> bool:
+        for error in tries:
+            raise error
+        return is_empty()
+
+    own.spool.spool.is_empty = broken  # type: ignore[method-assign]
+    assert sorted(result.prompt for result in Farm(pipeline, own, PROMPTS, **CALL)) == sorted(PROMPTS)
+    own.spool.close()
+
+
+def test_a_result_that_nobody_took_is_there_for_the_next_run(
+    client: DecodeClient, pipeline: Any, worker: ThreadWorker
+) -> None:
+    for result in Farm(pipeline, client, PROMPTS, **CALL):
+        first = result
+        break
+    assert client.job(first.job_id).status() is JobStatus.SUCCEEDED
+    with denoising(pipeline) as calls:
+        results = list(Farm(pipeline, client, PROMPTS, **CALL))
+    assert sorted(result.prompt for result in results) == sorted(PROMPTS)
+    assert sum(map(len, calls)) < len(PROMPTS)
+    assert [result.prompt for result in results].count(first.prompt) == 1
+    assert first.prompt not in [prompt for call in calls for prompt in call]
 
 
 def test_pictures_of_one_prompt_in_one_batch_are_those_of_their_seeds(

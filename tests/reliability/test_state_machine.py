@@ -27,11 +27,12 @@ from hypothesis.stateful import (
 )
 
 from broker_config import keys
+from broker_config.claims import Claim, Outcome
 from broker_config.connection import connect_url
 from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import ResultExpired
-from broker_config.job_store import Claim, JobStore, Outcome
-from broker_config.messages import JobStatus
+from broker_config.job_status import JobStatus
+from broker_config.job_store import JobStore
 from broker_config.settings import Settings, load_settings
 from broker_config.vae_catalog import VaeCatalog
 from producer import DecodeClient

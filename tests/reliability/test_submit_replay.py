@@ -17,8 +17,8 @@ from broker_config import keys
 from broker_config.blob_store import RedisBlobStore
 from broker_config.connection import connect_url
 from broker_config.errors import BrokerUnreachable, JobConflict
+from broker_config.job_status import JobStatus
 from broker_config.job_store import JobStore
-from broker_config.messages import JobStatus
 from broker_config.settings import Settings
 from producer import DecodeClient
 from tests.support.broker_contents import assert_same, everything

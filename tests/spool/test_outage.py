@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from broker_config.connection import connect_url
 from broker_config.embedded_broker import EmbeddedBroker
-from broker_config.errors import BrokerUnreachable, JobSpooled, QueueFull
+from broker_config.errors import BlobStoreUnavailable, BrokerUnreachable, JobNotFound, JobSpooled, QueueFull
 from broker_config.messages import DecodeRequest
 from broker_config.settings import Settings, load_settings
 from producer import AsyncDecodeClient, DecodeClient, JobStatus
@@ -162,6 +162,66 @@ def test_what_a_full_queue_refuses_is_kept_after_its_time_and_comes_when_there_i
         first.cancel()
         assert arrived(limited, second.id).job_id == second.id
         assert second.status() is JobStatus.QUEUED
+
+
+def test_a_job_in_the_spool_is_canceled_there_and_never_arrives(own_settings: Settings) -> None:
+    with client_of(own_settings.model_copy(update={"max_pending_jobs": 1})) as limited:
+        first = limited.submit(LATENTS, vae="sd")
+        second, third = (limited.submit(LATENTS, vae="sd") for _ in range(2))
+        assert second.cancel() is JobStatus.CANCELED
+        assert waiting_in(limited) == [third.id]
+        first.cancel()
+        arrived(limited, third.id)
+        assert limited.store.find([second.id]) == {}
+        with pytest.raises(JobNotFound):
+            second.cancel()
+
+
+def test_a_job_that_was_handed_over_and_is_still_in_the_spool_is_canceled_in_both(own_settings: Settings) -> None:
+    """As a process leaves it that was killed before it removed the file."""
+    with client_of(own_settings) as client:
+        assert client.spool is not None
+        client.spool.close()
+        attempt = client.attempt(client.taken(LATENTS), vae="sd", job_id="both")
+        attempt.once()
+        client.spool.spool.keep(attempt.request, attempt.tensor)
+        assert client.job("both").cancel() is JobStatus.CANCELED
+        assert waiting_in(client) == []
+        assert client.job("both").status() is JobStatus.CANCELED
+
+
+def test_while_the_broker_is_away_nobody_can_say_that_a_job_is_canceled(
+    broker: EmbeddedBroker, spooling: DecodeClient
+) -> None:
+    broker.stop()
+    job = spooling.submit(LATENTS, vae="sd")
+    with pytest.raises(BrokerUnreachable):
+        job.cancel()
+    assert waiting_in(spooling) == [job.id]
+
+
+def test_a_bucket_that_is_away_keeps_no_small_job_waiting(own_settings: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "bucket"
+    apart = {"blob_store": folder.as_uri(), "blob_threshold_bytes": 4096}
+    large = np.zeros((1, 4, 64, 64), np.float16)
+    folder.mkdir()
+    with client_of(own_settings.model_copy(update=apart)) as client:
+        client.submit(large, vae="sd")  # sets the store up
+        folder.rename(tmp_path / "elsewhere")
+        late = client.submit(large, vae="sd")
+        assert waiting_in(client) == [late.id]
+        small = client.submit(LATENTS, vae="sd")
+        assert waiting_in(client) == [late.id]
+        assert small.status() is JobStatus.QUEUED
+        # nor do small ones wait behind it that came to the spool for another reason
+        assert client.spool is not None
+        attempt = client.attempt(client.taken(LATENTS), vae="sd", job_id="behind")
+        client.spool.spool.keep(attempt.request, attempt.tensor)
+        report = client.spool.flush()
+        assert isinstance(report.stopped_by, BlobStoreUnavailable)
+        assert waiting_in(client) == [late.id]
+        (tmp_path / "elsewhere").rename(folder)
+        arrived(client, late.id)
 
 
 def test_what_an_earlier_process_left_is_sent_by_the_next(broker: EmbeddedBroker, own_settings: Settings) -> None:

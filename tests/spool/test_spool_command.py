@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from producer import DecodeClient
 from producer.cli import app
 from producer.spool import Spool
+from producer.spool_flush import SpoolingSubmits
 
 LATENTS = np.ones((1, 4, 8, 8), dtype=np.float32)
 
@@ -50,6 +51,16 @@ def test_list_shows_what_waits_and_flush_hands_it_over(tmp_path: Path) -> None:
     assert "2 jobs handed over, 0 left" in done.stderr
     with DecodeClient.from_env() as client:
         assert client.job("first").status() == "queued"
+
+
+def test_flush_counts_what_it_hands_over_since_nothing_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        keep(f"job-{number}", tmp_path)
+    monkeypatch.setattr(SpoolingSubmits, "_flush_later", lambda self: pytest.fail("a thread hands over beside it"))
+    done = latentq("spool", "flush")
+    assert (done.exit_code, len(done.stdout.split())) == (0, 3)
 
 
 def test_flush_says_what_was_set_aside(tmp_path: Path) -> None:

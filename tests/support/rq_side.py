@@ -23,8 +23,8 @@ from rq.registry import (
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
+from broker_config.job_status import JobStatus
 from broker_config.job_store import JobStore
-from broker_config.messages import JobStatus
 from broker_config.settings import Settings
 from producer import DecodeClient
 from tests.support.store_worker import StoreWorker

@@ -10,9 +10,11 @@ from typing import Any, Final
 
 from broker_config import keys
 from broker_config.blob_store import RedisBlobStore
+from broker_config.claims import Claim, Outcome
 from broker_config.connection import Connections
-from broker_config.job_store import Claim, JobStore, Outcome
-from broker_config.messages import DecodeRequest, JobStatus, Output
+from broker_config.job_status import JobStatus
+from broker_config.job_store import JobStore
+from broker_config.messages import DecodeRequest, Output
 from broker_config.settings import Settings
 from tests.support.store_worker import StoreWorker
 from tests.support.wait import wait_until

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from broker_config.blob_store import RedisBlobStore
-from broker_config.job_store import Claim, JobStore, Outcome, Renewal
-from broker_config.messages import Artifact, DecodeRequest, DecodeResult, Mode
+from broker_config.claims import Claim, Outcome, Renewal
+from broker_config.decode_result import Artifact, DecodeResult
+from broker_config.job_store import JobStore
+from broker_config.messages import DecodeRequest, Mode
 
 _tokens = itertools.count()
 

@@ -10,22 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from broker_config.decode_result import Artifact, DecodeResult
 from broker_config.errors import InvalidOption, UnsupportedMessage
+from broker_config.job_status import TRANSITIONS, JobStatus
 from broker_config.keys import Priority
 from broker_config.latent_geometry import LatentState
-from broker_config.messages import (
-    SCHEMA_VERSION,
-    TRANSITIONS,
-    Artifact,
-    BlobRef,
-    DecodeRequest,
-    DecodeResult,
-    JobStatus,
-    Kind,
-    Mode,
-    Output,
-    check_job_id,
-)
+from broker_config.messages import SCHEMA_VERSION, BlobRef, DecodeRequest, Kind, Mode, Output, check_job_id
 from broker_config.webhooks import JOB_EVENTS, Webhook, WebhookEvent
 from tests.support.example_messages import BLOB, REQUEST, wire_of
 

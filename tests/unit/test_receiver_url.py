@@ -172,6 +172,12 @@ def test_an_entry_that_is_none_is_refused_when_the_settings_are_read(entry: str)
 
 
 def test_the_settings_make_the_guard() -> None:
+    six = load_settings(webhook_allow="[fd12:3456::/32]:8443, receiver", _env_file=None)
+    assert six.webhook_allow == ("[fd12:3456::/32]:8443", "receiver")
+    assert load_settings(webhook_allow='["[::1]:80", "receiver"]', _env_file=None).webhook_allow == (
+        "[::1]:80",
+        "receiver",
+    )
     guard = UrlGuard.of(load_settings(webhook_allow="receiver, 10.0.0.0/8", webhook_ports="443,9443", _env_file=None))
     guard.check_url("https://example.com:9443/")
     guard.check_url("https://receiver/")

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from broker_config.messages import Artifact, BlobRef, DecodeRequest, DecodeResult, JobSnapshot, JobStatus, Output
+from broker_config.decode_result import Artifact, DecodeResult
+from broker_config.job_record import JobSnapshot
+from broker_config.job_status import JobStatus
+from broker_config.messages import BlobRef, DecodeRequest, Output
 from broker_config.webhook_outbox import DueDelivery
 from broker_config.webhooks import WebhookEvent
 from worker.courier.message import message_of

@@ -10,6 +10,7 @@ import redis
 from rq.job import Job
 
 from broker_config import keys
+from broker_config.claims import Claim
 from broker_config.connection import Connections, connect_url
 from broker_config.errors import (
     BrokerUnreachable,
@@ -18,8 +19,8 @@ from broker_config.errors import (
     WebhookSecretMissing,
     WebhooksNotConfigured,
 )
-from broker_config.job_store import Claim, JobStore
-from broker_config.messages import JobStatus
+from broker_config.job_status import JobStatus
+from broker_config.job_store import JobStore
 from broker_config.settings import Settings
 from broker_config.webhook_deliveries import DeliveryState, WebhookDeliveries, delivery_id
 from broker_config.webhook_outbox import WebhookOutbox
@@ -231,6 +232,26 @@ def test_the_filter_decides_which_events_are_announced_and_each_once(
     assert [item.event for item in deliveries.of_job(job.id)] == ["queued", "processing", "succeeded"]
     assert deliveries.show(f"{delivery_id(job.id, WebhookEvent.PROGRESS)}_1").state is DeliveryState.PENDING
     assert deliveries.counts().pending == 4
+
+
+@pytest.mark.parametrize("state", ["dead", "pending", "delivered"])
+def test_an_id_that_is_used_again_after_its_tombstone_has_its_own_end_told(
+    bench: Bench, deliveries: WebhookDeliveries, state: str
+) -> None:
+    """A dead letter, or a delivery that was sent again, may outlive the tombstone of its job."""
+    for turn in range(2):
+        job, claim = bench.claimed(job_id="weekly", webhook=f"{URL}&turn={turn}")
+        bench.worker.succeed(claim)
+        found = delivery_id(job.id, WebhookEvent.SUCCEEDED)
+        delivery = deliveries.show(found)
+        assert (delivery.state, delivery.url) == (DeliveryState.PENDING, f"{URL}&turn={turn}")
+        assert bench.admin.zcard(keys.DEAD_LETTERS) == 0
+        if state != "pending":
+            bench.admin.hset(keys.delivery(found), "state", state)
+            bench.admin.zrem(keys.OUTBOX, found)
+        if state == "dead":
+            bench.admin.zadd(keys.DEAD_LETTERS, {found: 1e15})
+        bench.admin.delete(keys.job(job.id), keys.attempts(job.id))  # its tombstone ends
 
 
 def test_an_end_that_nobody_asked_about_is_not_announced(bench: Bench, deliveries: WebhookDeliveries) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -204,6 +206,40 @@ def test_one_that_sends_ten_megabytes_is_believed_and_not_listened_to(
     assert delivery.state is DeliveryState.DELIVERED
     assert sent < 10_000_000  # the connection was closed on it; kernel buffers took what it could write before
     assert "s3cr3t" not in repr(delivery)
+
+
+def test_names_that_nobody_answers_for_keep_no_other_name_from_being_looked_up(
+    ended: End,
+    receiver: Receiver,
+    clock: Clock,
+    settings: Settings,
+    settled: Callable[..., Delivery],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A lookup cannot be broken off: its thread is gone for as long as the resolver waits."""
+    answer, let_go, asked = socket.getaddrinfo, threading.Event(), threading.Semaphore(0)
+
+    def look_up(host: str, *args: Any, **options: Any) -> Any:
+        if host.endswith(".stuck.example"):
+            asked.release()
+            assert let_go.wait(60)
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return answer("127.0.0.1" if host == "friend.example" else host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    allow = (f"http://friend.example:{receiver.port}", "http://*.stuck.example:*")
+    try:
+        with CourierThread(settings.model_copy(update={"webhook_allow": allow}), clock=clock):
+            stuck = 40  # asyncio's own threads are 32 at most
+            for number in range(stuck):
+                ended(f"http://host-{number}.stuck.example:8080/hook")
+            for _ in range(stuck):
+                assert asked.acquire(timeout=60)
+            friend = settled(ended(f"http://friend.example:{receiver.port}/hook"))
+            assert (friend.state, len(friend.attempts)) == (DeliveryState.DELIVERED, 1)
+            let_go.set()
+    finally:
+        let_go.set()
 
 
 def test_a_name_that_resolves_to_an_address_inside_is_not_connected_to(

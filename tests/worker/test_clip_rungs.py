@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from broker_config.job_store import Claim
+from broker_config.claims import Claim
 from broker_config.latent_geometry import LatentLayout
 from broker_config.messages import BlobRef, DecodeRequest, Output
 from broker_config.vae_catalog import VaeEntry

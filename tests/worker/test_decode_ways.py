@@ -21,7 +21,7 @@ from worker import decode_probes, decode_ways, decode_worker, lowmem_decode
 from worker.decode_memory import DecodeMemory
 from worker.decode_planner import CostModel, DecodeMode, Probe
 from worker.decode_probes import CostModels
-from worker.decode_ways import DecodeWays
+from worker.decode_ways import DecodeWays, pixels_at_once
 from worker.fast_path import FastOptions, FastVaes
 from worker.memory_ladder import How, MemoryModel, Rung, first_guess
 from worker.vae_pool import LoadedVae
@@ -196,6 +196,56 @@ def test_a_clip_is_planned_by_its_own_size(measured: Measured, free: str, mode: 
     assert enough == 100 * GB or enough * 0.85 < found[DecodeMode.PLAIN]
     ways = measured(vae, free=int(enough), costs=CLIP_COSTS)
     assert said(ways.of_job(vae, clip))[0] == (expected, 1)
+
+
+def test_the_frames_of_a_clip_that_is_decoded_in_several_calls_are_counted_too(measured: Measured) -> None:
+    entry = {"vae_class": "AutoencoderKLHunyuanVideo", "temporal": 4, "layouts": ["video_chunks"]}
+    vae = loaded(clip_family("hunyuan_video"), **entry)
+    guess = first_guess(vae.module, device=CPU, dtype=torch.float32)
+    one_call = DecodeMemory().of_item(vae, height=256, width=256, num_frames=17, bytes_per_px=guess)
+    rest = 3 * 256 * 256 * 17 * 4
+    ways = measured(vae, free=int((one_call[DecodeMode.PLAIN] + rest / 2) / 0.85), costs=CLIP_COSTS)
+    first = []
+    for calls in (1, 2):
+        clip = request(
+            side=256,
+            shape=(1, 4, 5 * calls, 32, 32),
+            num_frames=17 * calls,
+            layout="video_chunks",
+            frames_per_call=5,
+            mode=Mode.EXACT,
+        )
+        first.append(said(ways.of_job(vae, clip))[0])
+    assert first == [("plain", 1), ("low_memory", 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "at_once", "expected"),
+    [
+        ({"num_frames": 64}, 16, "plain"),  # AnimateDiff: 16 at a time
+        ({"num_frames": 64, "frames_per_call": 1}, 1, "plain"),  # I2VGen-XL
+        ({"num_frames": 64, "layout": "frames_2d"}, 64, "low_memory"),  # Stable Video Diffusion: all at once
+        ({"num_frames": 8}, 8, "plain"),
+    ],
+)
+@pytest.mark.parametrize("measured_before", [True, False])
+def test_a_clip_whose_frames_are_a_batch_takes_what_one_call_of_them_takes(
+    measured: Measured, options: dict[str, Any], at_once: int, expected: str, measured_before: bool
+) -> None:
+    vae, px = loaded(), 512 * 512
+    clip = request(side=512, **{"layout": "video_2d", "shape": (1, 4, 64, 64, 64), "mode": Mode.EXACT, **options})
+    assert pixels_at_once(vae, clip) == at_once * px
+    each = USUAL[DecodeMode.PLAIN][1] if measured_before else first_guess(vae.module, device=CPU, dtype=torch.float32)
+    sixteen = 16 * px * each + 3 * 4 * px * (64 - 16)  # and the frames of the other calls are kept
+    free = int(1.01 * sixteen / (0.85 if measured_before else 1))
+    ways = measured(vae, free=free, costs=USUAL if measured_before else None)
+    assert said(ways.of_job(vae, clip))[0] == (expected, 1)
+
+
+@pytest.mark.parametrize("items", [1, 2, 3])
+def test_what_was_measured_of_such_a_clip_counts_for_the_frames_of_one_call(items: int) -> None:
+    clip = request(side=512, layout="video_2d", shape=(items, 4, 12, 64, 64), num_frames=12)
+    assert pixels_at_once(loaded(), clip, items=items) == min(16, 12 * items) * 512 * 512
 
 
 def test_a_vae_that_draws_noise_and_an_encode_stay_plain(measured: Measured) -> None:

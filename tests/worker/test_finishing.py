@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +11,12 @@ import pytest
 import torch
 
 from broker_config import keys
-from broker_config.errors import EncodeFailed
+from broker_config.errors import EncodeFailed, OutputTooLarge
 from broker_config.settings import Settings
 from producer import DecodeClient, JobHandle, JobStatus
 from tests.support.thread_worker import ThreadWorker
 from tests.support.wait import wait_until
-from worker import finish_stage, stages
+from worker import attempts, finish_stage, stages
 from worker.finish_stage import FinishStage
 from worker.image_encoding import encode_image
 from worker.stages import ChunkStream, HostChunk
@@ -105,7 +104,20 @@ def test_a_broker_that_drops_what_is_stored_fails_the_job_and_says_so(client: De
     assert tries == 5 * settings.max_errors
 
 
-def test_a_stream_tells_of_waiting_until_somebody_takes_from_it() -> None:
+def test_an_output_that_the_broker_cannot_hold_fails_the_job_once_and_says_so(
+    client: DecodeClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis closes the connection on which it comes, which looks like an outage: it would be sent again for ever."""
+    monkeypatch.setattr(attempts, "LARGEST_BYTES", 1 << 20)
+    with ThreadWorker(settings):
+        snapshot = submit(client, side=40, output="tensor").wait(60)
+        assert submit(client, side=8, output="tensor").wait(60).status is JobStatus.SUCCEEDED
+    assert snapshot.status is JobStatus.FAILED
+    assert [error["code"] for error in snapshot.errors] == [OutputTooLarge.code]
+    assert "LATENTQ_BLOB_STORE" in snapshot.errors[0]["message"]
+
+
+def test_a_stream_tells_of_waiting_until_somebody_takes_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decode whose encoder has not begun, since jobs before it cannot be stored, does not hang."""
     waits: list[float] = []
     stream = ChunkStream(on_waiting=waits.append)
@@ -116,14 +128,23 @@ def test_a_stream_tells_of_waiting_until_somebody_takes_from_it() -> None:
             stream.put(chunk)
         stream.end()
 
+    tries: list[object] = []
+    put = stream._queue.put
+
+    def counted(item: Any, timeout: float | None = None) -> None:
+        tries.append(item)
+        put(item, timeout=timeout)
+
+    monkeypatch.setattr(stream._queue, "put", counted)
     device = threading.Thread(target=fill, name="device")
     device.start()
     wait_until(lambda: len(waits) >= 3, what="the device to wait")
     assert set(waits) == {stages._STREAM_S}
     taken = iter(stream)
     got = [next(taken)]
-    told = len(waits)
-    time.sleep(5 * stages._STREAM_S)  # the encoder is busy with its first chunk: that is no waiting for others
+    told, tried = len(waits), len(tries)
+    # the encoder is busy with its first chunk: that is no waiting for others
+    wait_until(lambda: len(tries) >= tried + 5, what="the device to try again")
     assert len(waits) <= told + 1
     assert [*got, *taken] == chunks
     device.join(60)

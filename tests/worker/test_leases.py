@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from broker_config.claims import Claim, Renewal
 from broker_config.errors import BrokerUnreachable
-from broker_config.job_store import Claim, Renewal
 from tests.support.wait import wait_until
 from worker import leases
 from worker.leases import LeaseKeeper

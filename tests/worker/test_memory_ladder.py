@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
+import diffusers
 import pytest
 import torch
 
+from broker_config.errors import DecodeFailed, OutOfMemory
 from tests.support.processes import ROOT
 from worker.memory_ladder import How, MemoryModel, Rung, first_guess, items_that_fit, rungs
+from worker.stages import classify
 
 #: Decodes a batch with the address space capped at what plain decode lacks, and prints how it went.
 _CAPPED = """
@@ -22,7 +26,7 @@ torch.set_num_threads(1)
 from diffusers import AutoencoderKL
 from broker_config.vae_catalog import VaeEntry
 from broker_config.messages import BlobRef, DecodeRequest, Output
-from broker_config.job_store import Claim
+from broker_config.claims import Claim
 from worker.batch_decode import BatchDecoder
 from worker.device_stage import DeviceStage
 from worker.next_claim import NextClaim
@@ -167,11 +171,61 @@ def test_an_estimate_gives_way_to_what_was_measured() -> None:
     assert model.bytes_per_px("a", dtype=torch.float16, guess=2048.0) == 2048.0
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_whoever_says_that_memory_is_short_makes_the_job_climb(error: Exception) -> None:
+    assert isinstance(classify(error), OutOfMemory)
+
+
+def test_an_error_that_is_not_of_memory_makes_no_job_climb() -> None:
+    assert isinstance(classify(RuntimeError("CUDA error: an illegal memory access was encountered")), DecodeFailed)
+
+
 def test_the_first_guess_is_the_published_prototypes_memory() -> None:
     """1,012 MB above weights for SD's VAE at 512² in float32, within a tenth."""
     vae = SimpleNamespace(config={"block_out_channels": (128, 256, 512, 512)})
     per_px = first_guess(vae, device=torch.device("cpu"), dtype=torch.float32)
     assert per_px * 512 * 512 == pytest.approx(1012e6, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "measured_mib"),
+    [
+        # benchmarks/results/decode_modes_cpu.json: 512² × 17 frames in float32
+        (diffusers.AutoencoderKLLTXVideo, {}, 761),
+        # as much for each pixel of the widest activation, half of whose channels its config has first
+        (diffusers.AutoencoderKLLTX2Video, {}, 761),
+    ],
+)
+def test_channels_that_become_patches_of_pixels_are_few_for_each_pixel(
+    kind: Any, config: dict[str, Any], measured_mib: int
+) -> None:
+    with torch.device("meta"):
+        vae = kind(**config)
+    per_px = first_guess(vae, device=torch.device("cpu"), dtype=torch.float32)
+    assert per_px * 512 * 512 * 17 == pytest.approx(measured_mib * 2**20, rel=0.1)
+
+
+def test_wan_22_makes_four_pixels_of_one() -> None:
+    small = {"base_dim": 8, "decoder_base_dim": 16, "z_dim": 4, "dim_mult": [1, 2], "temperal_downsample": [True]}
+    means = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    with torch.device("meta"):
+        kind: Any = diffusers.AutoencoderKLWan
+        plain, patched = (kind(**small, **means, patch_size=size) for size in (None, 2))
+    guesses = [first_guess(vae, device=torch.device("cpu"), dtype=torch.float32) for vae in (plain, patched)]
+    assert guesses[0] == 4 * guesses[1]
 
 
 def test_an_item_that_needs_more_than_there_is_does_not_fit_and_one_that_just_may_is_tried() -> None:

@@ -18,6 +18,7 @@ from tests.support.thread_worker import ThreadWorker
 from tests.support.tiny_families import catalogue, make
 from worker.decode import decode_chunks
 from worker.latent_layouts import Plan, Scaling
+from worker.memory_ladder import MemoryModel
 from worker.numerical_safety import finite_chunks, is_finite, widened
 
 
@@ -188,6 +189,23 @@ def test_the_result_says_that_it_was_decoded_in_float32(client: DecodeClient, se
     assert (facts["dtype"], facts["upcast"], facts["upcast_from"]) == ("float16", "float32", 0)
     if output == "png":
         assert len(np.unique(np.asarray(job.image()))) > 32, "a picture, not a black square"
+
+
+def test_only_plain_decodes_teach_what_a_plain_decode_takes(
+    client: DecodeClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[tuple[str, torch.dtype]] = []
+    monkeypatch.setattr(MemoryModel, "learn", lambda self, vae, **facts: learned.append((vae, facts["dtype"])))
+    running = ThreadWorker(settings, dtype="float16")
+    overflow(running)
+    with running:
+        jobs = [
+            client.submit(large_latents(), vae="sd", mode="exact"),  # decoded again in float32
+            client.encode(np.zeros((64, 64, 3), np.uint8), vae="sd"),
+            client.submit(latents(0.01).numpy(), vae="sd", mode="exact"),
+        ]
+        assert [job.wait(60).status for job in jobs] == ["succeeded"] * 3
+    assert learned == [("sd", torch.float16)]
 
 
 def test_a_job_that_stays_nan_fails_with_its_own_code_and_sends_no_picture(

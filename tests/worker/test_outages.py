@@ -195,6 +195,18 @@ def test_a_worker_that_finds_no_broker_ends_as_one_that_is_worth_starting_again(
     assert "[broker_unreachable]" in ended.stderr
 
 
+@pytest.mark.slow
+def test_a_worker_whose_name_a_killed_one_still_has_ends_as_one_that_is_worth_starting_again(
+    client: DecodeClient, settings: Settings
+) -> None:
+    """Or its supervisor would take it for one that cannot work, and end everything."""
+    client.store.connections.commands.hset("rq:worker:box-1", mapping={"state": "busy"})
+    command = [sys.executable, "-m", "worker", "--vae", "sd", "--name", "box-1"]
+    ended = subprocess.run(command, env=environment_of(settings), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == EXIT_AWAY
+    assert "[worker_name_taken]" in ended.stderr
+
+
 @pytest.mark.parametrize(("status", "restarted"), [(EXIT_AWAY, True), (70, True), (2, False)])
 def test_up_starts_it_again_but_not_what_cannot_work_as_configured(
     status: int, restarted: bool, tmp_path: Path

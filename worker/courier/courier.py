@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from broker_config.errors import BlobError, BlobStoreUnavailable, BrokerError, ConfigurationError, JobNotFound
+from broker_config.job_record import JobSnapshot
 from broker_config.job_store import JobStore
-from broker_config.messages import JobSnapshot
 from broker_config.settings import Settings
 from broker_config.tiered_blob_store import TieredBlobStore
 from broker_config.webhook_outbox import Attempt, DueDelivery, Settled, WebhookOutbox
@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _THREADS: Final = 8
+#: A name is looked up in a thread, and one whose name servers do not answer keeps its thread after its attempt has
+#: ended: glibc gives up after 10 to 40 seconds (resolv.conf: 5 s, twice, for each server), an attempt after 15. Threads
+#: are made as they are needed; asyncio's own, six on two cores, would all be taken by six such names.
+_LOOKUPS_PER_CALL: Final = 4
 #: A look without a bell: what becomes due by time rings none.
 _TICK_S: Final = 0.5
 #: Pause after the broker did not answer.
@@ -85,6 +89,8 @@ class Courier:
     async def run(self, stop: asyncio.Event) -> None:
         """Delivers until `stop`; then ends what is under way."""
         loop = asyncio.get_running_loop()
+        # used by the session to look names up
+        loop.set_default_executor(ThreadPoolExecutor(_LOOKUPS_PER_CALL * self._own.concurrency, "courier-lookup"))
         ended = threading.Event()
         bell = threading.Thread(target=self._listen, args=(loop, ended), name="courier-bell", daemon=True)
         bell.start()

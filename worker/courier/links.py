@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from broker_config.errors import BlobStoreUnavailable, ConfigurationError
+from broker_config.job_record import JobSnapshot
 from broker_config.link_signing import LinkSigner
-from broker_config.messages import BlobRef, JobSnapshot
+from broker_config.messages import BlobRef
 from broker_config.settings import Settings
 from broker_config.tiered_blob_store import TieredBlobStore
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from broker_config.job_document import job_document, moment_text
-from broker_config.messages import JobSnapshot
+from broker_config.job_record import JobSnapshot
 from broker_config.scoped_ids import key_of, shown_to
 from broker_config.webhook_outbox import DueDelivery
 from broker_config.webhooks import WebhookEvent

@@ -78,7 +78,9 @@ def _channel_statistics(
     tl.store(squares + out, square, mask=here)
 
 
-@triton.jit
+# The number of stretches differs with the size of a picture, and each kind of number (1, one that 16 divides, any
+# other) would be a kernel of its own, compiled within the first decode of its size.
+@triton.jit(do_not_specialize=["positions", "stretch", "stretches"])
 def _merge(
     means,
     squares,

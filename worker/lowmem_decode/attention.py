@@ -4,7 +4,9 @@ Of a clip, over the frame and those before it: then the queries of a frame are a
 out of the keys instead of being masked.
 
 A query's result does not depend on the other queries, so chunks change nothing but the memory of the scores, where
-torch makes them at all: its CPU kernel does not, and on CUDA no fused kernel takes the 512 channels of one head.
+torch makes them at all. Its CPU kernel does not. On CUDA its memory-efficient kernel does not either, whatever the
+channels of a head, if they are a multiple of 8 (aten sdp_utils.cpp `check_head_dim_size_mem_efficient`); FlashAttention
+ends at 256, and what is left makes all scores.
 """
 
 from __future__ import annotations
@@ -49,10 +51,10 @@ def run_attention(block: Attention, rows: torch.Tensor, *, affine: Affine | None
     height, count, width, _ = frames.shape
     del normed, tokens, frames
     chunk = query_chunk(query.shape[2], device=rows.device, score_bytes=score_bytes // block.heads)
-    attended = []
-    for end in range(height * width, query.shape[2] + 1, height * width):
-        for part in torch.split(query[:, :, end - height * width : end], chunk, dim=2):
-            attended.append(F.scaled_dot_product_attention(part, key[:, :, :end], value[:, :, :end]))
+    attended = [
+        attend(query[:, :, end - height * width : end], key[:, :, :end], value[:, :, :end], chunk=chunk)
+        for end in range(height * width, query.shape[2] + 1, height * width)
+    ]
     # 1, heads, L, C / heads → T, H, W, C → H, T, W, C
     merged = torch.cat(attended, dim=2).transpose(1, 2).reshape(count, height, width, -1).transpose(0, 1)
     out = _project(block.out, merged).reshape(rows.shape)
@@ -61,8 +63,24 @@ def run_attention(block: Attention, rows: torch.Tensor, *, affine: Affine | None
     return out if block.scale == 1.0 else out.div_(block.scale)
 
 
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, chunk: int) -> torch.Tensor:
+    """Attention of (B, heads, L, C) to (B, heads, S, C); scores in memory are those of `chunk` queries, or none."""
+    if chunk >= query.shape[2] or _makes_no_scores(query, key, value):
+        return F.scaled_dot_product_attention(query, key, value)
+    parts = [F.scaled_dot_product_attention(part, key, value) for part in torch.split(query, chunk, dim=2)]
+    return torch.cat(parts, dim=2)
+
+
+def _makes_no_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a fused kernel of torch takes these."""
+    if query.device.type != "cuda":
+        return query.device.type == "cpu"
+    given = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
+    return torch.backends.cuda.can_use_efficient_attention(given) or torch.backends.cuda.can_use_flash_attention(given)
+
+
 def query_chunk(tokens: int, *, device: torch.device, score_bytes: int) -> int:
-    """Queries of one chunk."""
+    """Queries of one chunk, where their scores are in memory."""
     if device.type == "cpu":
         return tokens
     return max(1, min(tokens, score_bytes // (tokens * _BYTES_PER_SCORE)))

@@ -49,11 +49,8 @@ class FramesBefore:
         return rows[:, PAST:, 1:-1]
 
     def close(self, rows: torch.Tensor) -> None:
-        remembered = None if self._past is None else self._past.frames
-        if remembered is None:
+        if self._past is None or not self._past.recall(rows[:, :PAST, 1:-1], top=self._top):
             rows[:, :PAST] = rows[:, PAST : PAST + 1]
-        else:
-            rows[:, :PAST, 1:-1] = remembered[self._top : self._top + len(rows)]
         if self._past is not None and self._past.keeps:
             self._past.note(rows[:, -PAST:, 1:-1], top=self._top)
         self._top += len(rows)

@@ -190,7 +190,7 @@ class _Run:
         if self._program.parts.over_time == "tiles":
             yield from blended_tiles(self._module, item, lambda tile: self._decoded(tile, None))
             return
-        caches = FrameCaches() if self._plan.cached else None
+        caches = FrameCaches(on_host=self._plan.caches_on_host) if self._plan.cached else None
         for start, end in self._plan.spans:
             if caches is not None:
                 caches.keeps = end < item.shape[2]

@@ -1,15 +1,14 @@
 """Self-attention of the mid-block, frame by frame, at latent resolution.
 
 A frame's queries see that frame, or that frame and all before it; so no mask is needed, and no matrix of all frames by
-all frames ever exists. On CUDA a frame's queries go in chunks, since no fused kernel takes the channels of one head.
+all frames ever exists. Where no fused kernel takes the channels of one head, a frame's queries go in chunks.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from worker.lowmem_decode.attention import query_chunk
+from worker.lowmem_decode.attention import attend, query_chunk
 from worker.lowmem_decode.pixel_norm.kernels import pointwise
 from worker.lowmem_decode.pixel_norm.steps import Attention
 
@@ -47,9 +46,7 @@ class AttentionRun:
             if block.over_frames:
                 key, value = self._with_those_before(key, value)
             chunk = query_chunk(key.shape[2], device=frame.device, score_bytes=self._score_bytes)
-            attended = torch.cat(
-                [F.scaled_dot_product_attention(part, key, value) for part in torch.split(query, chunk, dim=2)], dim=2
-            )
+            attended = attend(query, key, value, chunk=chunk)
             frame.add_(pointwise(block.out, attended).view(height, width, channels))
 
     def _with_those_before(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
