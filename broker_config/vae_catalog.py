@@ -68,6 +68,7 @@ class VaeEntry(BaseModel):
     patch_size: int = Field(default=2, gt=0, le=16)
     pixel_channels: int = Field(default=3, ge=3, le=4)
     pixels: str = Field(default="signed", pattern="^(signed|imagenet|cut|logc3)$")
+    shifts: bool = True
     resizes: bool = False
     tiled: bool = False
     preview: str | None = None

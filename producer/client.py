@@ -22,7 +22,7 @@ from producer.ended_jobs import ended_jobs
 from producer.job_handle import JobHandle
 from producer.option_checks import checked_options, checked_state
 from producer.pipelines import noise_state, options_of
-from producer.pixel_input import ENCODE_OPTIONS, Pictures, build_encode_request, encode_options
+from producer.pixel_input import OF_PIPELINE, Pictures, build_encode_request, encode_options
 from producer.preview_option import preview_of
 from producer.spool import Spool
 from producer.spool_flush import SpoolingSubmits
@@ -218,7 +218,7 @@ class DecodeClient:
         """An encode that has been checked and not begun. Arguments and errors as `encode`."""
         if pipeline is not None:
             told = options_of(pipeline, options, catalog=self.catalog)
-            options = {name: value for name, value in told.items() if name in ENCODE_OPTIONS or name in options}
+            options = {name: value for name, value in told.items() if name in OF_PIPELINE or name in options}
         asked = _options(encode_options(options))
         request, file = build_encode_request(pictures, asked, catalog=self.catalog, settings=self._settings)
         return SubmitAttempt(request, file, store=self.store, blobs=self.blobs, secrets=own_secrets(asked))

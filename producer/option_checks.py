@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
 from broker_config.blob_store import LARGEST_BYTES
-from broker_config.errors import InvalidOption, PixelLimitExceeded
+from broker_config.errors import InvalidOption, InvalidSize, PixelLimitExceeded
 from broker_config.keys import Priority
 from broker_config.latent_geometry import Geometry, LatentLayout, LatentState
 from broker_config.messages import Mode, Output, check_job_id
@@ -71,6 +71,11 @@ def checked_state(options: DecodeOptions, entry: VaeEntry, layout: LatentLayout)
                 f"statistics, or not at all. Leave {name} out",
                 field=name,
             )
+    if state is LatentState.RECIPROCAL and options.shift_factor:
+        raise InvalidOption(
+            f"shift_factor is {options.shift_factor!r}, but pipelines whose latents are {state} add none: leave it out",
+            field="shift_factor",
+        )
     if state.needs_sigma_data and options.sigma_data is None:
         raise InvalidOption(
             f"sigma_data is missing, which latents that are {state} need: give `pipe.scheduler.config.sigma_data`",
@@ -172,6 +177,19 @@ def checked_count(name: str, value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidOption(f"{name} is {value!r}, expected a whole number above 0", field=name)
     return value
+
+
+def check_patches(shape: Sequence[int], layout: LatentLayout, state: LatentState) -> None:
+    """Whether latents can be cut into the patches that their normalisation is of.
+
+    Raises:
+        InvalidSize: an odd number of rows or columns.
+    """
+    if state.is_batch_norm and layout is LatentLayout.UNPACKED and any(size % 2 for size in shape[-2:]):
+        raise InvalidSize(
+            f"latents {list(shape)} have an odd side, and are normalised in patches of 2 × 2 ({state}): make it even",
+            field="latents",
+        )
 
 
 def check_pixels(geometry: Geometry, settings: Settings) -> None:

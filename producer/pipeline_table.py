@@ -55,7 +55,12 @@ def _sd_inpaint(pipeline: Any) -> str:
 
 def _sdxl(pipeline: Any) -> str:
     """Playground 2.5 is an SDXL whose VAE has per-channel statistics."""
-    return "playground" if config_of(pipeline, "vae").get("latents_mean") else "sdxl"
+    return "playground" if config_of(pipeline, "vae").get("latents_mean") else _sdxl_weights(pipeline)
+
+
+def _sdxl_weights(pipeline: Any) -> str:
+    """SDXL's own VAE asks for float32 (`force_upcast`); the one that is exact in float16 was trained on from it."""
+    return "sdxl-original" if config_of(pipeline, "vae").get("force_upcast") else "sdxl"
 
 
 def _wan(pipeline: Any) -> str:
@@ -160,7 +165,7 @@ PIPELINES: Final[Mapping[str, PipelineEntry]] = {
     ),
     "StableDiffusionInpaintPipelineLegacy": PipelineEntry(vae="sd", layout=Layout.UNPACKED),
     "LEditsPPPipelineStableDiffusion": PipelineEntry(vae="sd", layout=Layout.UNPACKED),
-    "LEditsPPPipelineStableDiffusionXL": PipelineEntry(vae="sdxl", layout=Layout.UNPACKED),
+    "LEditsPPPipelineStableDiffusionXL": PipelineEntry(vae=_sdxl_weights, layout=Layout.UNPACKED),
     **_of("StableDiffusionAdapter TextToVideoZero", "sd", Layout.UNPACKED, state=State.RECIPROCAL),
     **_of("StableDiffusionUpscale", "sd-x4-upscaler", Layout.UNPACKED),
     **_of(
@@ -174,7 +179,7 @@ PIPELINES: Final[Mapping[str, PipelineEntry]] = {
     **_of(  # these divide by the scaling factor whatever statistics the VAE has
         "StableDiffusionXLControlNetInpaint StableDiffusionXLControlNetUnionInpaint StableDiffusionXLControlNetXS "
         "StableDiffusionXLAdapter TextToVideoZeroSDXL",
-        "sdxl",
+        _sdxl_weights,
         Layout.UNPACKED,
     ),
     **_of("Kolors KolorsImg2Img KolorsPAG", "kolors", Layout.UNPACKED),
@@ -191,7 +196,7 @@ PIPELINES: Final[Mapping[str, PipelineEntry]] = {
         Layout.VIDEO_2D,
     ),
     **_of("AnimateDiffSparseControlNet PIA", "sd", Layout.VIDEO_2D, options=_FRAMES_AT_ONCE),
-    **_of("AnimateDiffSDXL", "sdxl", Layout.VIDEO_2D, options=_FRAMES_AT_ONCE),
+    **_of("AnimateDiffSDXL", _sdxl_weights, Layout.VIDEO_2D, options=_FRAMES_AT_ONCE),
     **_of("TextToVideoSD VideoToVideoSD", "text-to-video", Layout.VIDEO_2D, options=_FRAMES_AT_ONCE),
     **_of("I2VGenXL", "i2vgen-xl", Layout.VIDEO_2D, options={"frames_per_call": 1}),
     **_of("Latte", "latte", Layout.VIDEO_2D, options={"frames_per_call": 14}),

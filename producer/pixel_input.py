@@ -73,6 +73,8 @@ ENCODE_OPTIONS: Final = frozenset(
         "job_id",
     }
 )
+#: What of a pipeline's row an encode goes by: its other options are of the pipeline's decode.
+OF_PIPELINE: Final = frozenset({"vae", "layout", "state", "vae_class", "vae_config", "vae_revision"})
 
 
 def to_pixel_file(pictures: Pictures, *, max_bytes: int) -> TensorFile:
@@ -138,7 +140,7 @@ def build_encode_request(
     rank = 5 if LAYOUTS[layout].is_video else 4
     if file.dtype == "uint8" and len(file.shape) == rank - 1:
         file = file.in_shape((1, *file.shape))  # one picture, or the frames of one clip
-    geometry = _measure(file, entry, layout, is_last=channels_are_last(file, state))
+    geometry = _measure(file, entry, layout, is_last=channels_are_last(file, state), state=state)
     check_pixels(geometry, settings)
     facts = checked_facts(
         {name: getattr(options, name) for name in ("seed", "vae_class", "vae_config", "vae_revision")}
@@ -179,7 +181,7 @@ def _layout(entry: VaeEntry, wanted: str | None, state: str | None) -> LatentLay
     return fitting[0]
 
 
-def _measure(file: TensorFile, entry: VaeEntry, layout: LatentLayout, *, is_last: bool) -> Geometry:
+def _measure(file: TensorFile, entry: VaeEntry, layout: LatentLayout, *, is_last: bool, state: LatentState) -> Geometry:
     """Sizes of the pictures, if the VAE can divide them."""
     is_video = LAYOUTS[layout].is_video
     sizes = "frames, height, width" if is_video else "height, width"
@@ -203,7 +205,8 @@ def _measure(file: TensorFile, entry: VaeEntry, layout: LatentLayout, *, is_last
             raise InvalidSize(
                 f"{name} is {size}, {entry.name} takes multiples of {side}: resize the pictures", field=name
             )
-    if (num_frames - 1) % entry.temporal:
+    # on the way to a posterior a caller has the VAE's own input: of how many frames, it knows best itself
+    if state is not LatentState.POSTERIOR and (num_frames - 1) % entry.temporal:
         raise InvalidSize(
             f"there are {num_frames} frames, {entry.name} takes 1 and multiples of {entry.temporal} more",
             field="num_frames",

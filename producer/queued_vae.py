@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _OWN_WEIGHTS: Final = "latentq:demo"
 _WEIGHTS_FILE: Final = "diffusion_pytorch_model.safetensors"
-#: Arguments of a `decode` that change nothing about its result.
+#: Arguments of a `decode` that change nothing about its result, unless the VAE draws noise.
 _IDLE: Final = frozenset({"generator"})
 
 
@@ -76,6 +76,12 @@ def QueuedVAE(
             "name an entry of the same VAE whose jobs end with what it returns, as ltx2",
             field="vae",
         )
+    if entry.pixels == "imagenet":
+        raise InvalidOption(
+            f"jobs of VAE {name} end in pictures, which the pipeline makes itself of what its VAE returns: submit its "
+            "latents instead",
+            field="vae",
+        )
     base = getattr(diffusers, entry.vae_class)
     # Of the class's own name, which is in its config, and which some pipelines ask for.
     stand_in: Any = type(
@@ -97,9 +103,13 @@ class Queue:
         self._options = dict(options)
         self._wait_s = wait_s
 
-    def decode(self, latents: torch.Tensor, *, timestep: float | None, num_frames: int | None) -> torch.Tensor:
+    def decode(
+        self, latents: torch.Tensor, *, timestep: float | None, num_frames: int | None, generator: Any = None
+    ) -> torch.Tensor:
         """What `vae.decode` makes of `latents`, on the CPU, in the worker's dtype."""
         facts: dict[str, Any] = {} if timestep is None else {"decode_timestep": timestep, "decode_noise_scale": 0.0}
+        if generator is not None and self.entry.draws_noise:
+            facts["generator"] = generator
         layout = self.entry.raw_layout
         if num_frames is not None:  # a clip's frames in the batch: Stable Video Diffusion
             count = latents.shape[0] // num_frames
@@ -163,7 +173,7 @@ class QueuedCalls:
         unknown = sorted(key for key, value in named.items() if value is not None and key not in _IDLE)
         if unknown:
             raise InvalidOption(f"{unknown[0]} of decode has no meaning to a queued VAE", field=unknown[0])
-        made = self.queue.decode(z, timestep=_one(timestep), num_frames=num_frames)
+        made = self.queue.decode(z, timestep=_one(timestep), num_frames=num_frames, generator=named.get("generator"))
         sample = made.to(device=z.device, dtype=self.dtype)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -183,6 +193,10 @@ class QueuedCalls:
         )
         posterior = drawn_from(made)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def _encode(self: Any, x: torch.Tensor) -> Any:
+        """Mean and log variance, as the class's own `_encode`, which AnyFlow's pipelines call."""
+        return self.queue.encode(x).to(device=x.device, dtype=self.dtype)
 
     @property
     def device(self) -> Any:

@@ -28,7 +28,14 @@ from broker_config.messages import DecodeRequest, Kind
 from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeCatalog, VaeEntry
 from producer.decode_options import DecodeOptions
-from producer.option_checks import check_noise, check_pixels, checked_count, checked_options, checked_state
+from producer.option_checks import (
+    check_noise,
+    check_patches,
+    check_pixels,
+    checked_count,
+    checked_options,
+    checked_state,
+)
 from producer.preview_option import preview_of
 from producer.tensor_input import TensorFile
 
@@ -64,6 +71,7 @@ def build_request(
         num_frames=checked_count("num_frames", options.num_frames),
         facts=LatentFacts(**facts),
     )
+    check_patches(tensor.shape, layout, state)
     check_pixels(geometry, settings)
     checked = checked_options(options, entry=entry, geometry=geometry, settings=settings)
     checked["preview"] = preview_of(options.preview, entry, layout=layout, state=state, catalog=catalog)

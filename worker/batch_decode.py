@@ -45,7 +45,7 @@ def plan_of(request: DecodeRequest, vae: LoadedVae, *, batch: int) -> Plan:
         scaling=scaling_of(
             vae.module,
             scaling_factor=request.scaling_factor,
-            shift_factor=request.shift_factor,
+            shift_factor=0.0 if request.shift_factor is None and not entry.shifts else request.shift_factor,
             sigma_data=request.sigma_data,
         ),
         batch=batch,

@@ -65,6 +65,10 @@ def video_canvas(shape: Sequence[int], vae: Compression, asked: Asked) -> Geomet
 def frames_first(shape: Sequence[int], vae: Compression, asked: Asked) -> Geometry:
     """(B, f, C, h, w)."""
     batch, frames, channels, rows, columns = shape
+    left = _without_additional(frames, asked)
+    if asked.num_frames is not None and (asked.num_frames - 1) // vae.temporal + 1 == left:
+        # pipeline_cogvideox.py __call__ makes so many latent frames of them, and returns what these decode to
+        asked = dataclasses.replace(asked, num_frames=None)
     return video((batch, channels, frames, rows, columns), vae, asked)
 
 

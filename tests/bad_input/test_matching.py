@@ -213,6 +213,18 @@ def test_a_pipeline_that_is_not_in_the_table_is_refused(name: str, words: list[s
             {},
             {"vae": "playground"},
         ),
+        # SDXL's own VAE asks for float32, the one that was trained on from it does not
+        (
+            pipeline("StableDiffusionXLPipeline", vae=part("AutoencoderKL", force_upcast=True)),
+            {},
+            {"vae": "sdxl-original"},
+        ),
+        (pipeline("StableDiffusionXLPipeline", vae=part("AutoencoderKL", force_upcast=False)), {}, {"vae": "sdxl"}),
+        (
+            pipeline("AnimateDiffSDXLPipeline", vae=part("AutoencoderKL", force_upcast=True)),
+            {},
+            {"vae": "sdxl-original"},
+        ),
         (pipeline("WanPipeline", vae=None, transformer=part("T", out_channels=48)), {}, {"vae": "wan22-5b"}),
         (pipeline("WanPipeline", vae=None, transformer=part("T", out_channels=16)), {}, {"vae": "wan"}),
         (
@@ -271,6 +283,61 @@ def test_padded_clips_need_the_frames_that_were_asked_for(client: DecodeClient) 
     with pytest.raises(InvalidOption, match="pads its clips") as refusal:
         client.submit(zeros(1, 22, 16, 6, 8), pipeline=made)
     assert refusal.value.field == "num_frames"
+
+
+@pytest.mark.parametrize(
+    ("asked", "latent_frames", "made"),
+    [
+        (84, 22, 81),  # 21 latent frames, padded to 22 in front
+        (81, 22, 81),
+        (85, 22, 88),  # two latent frames at a time: an even number of them makes four frames each
+        (77, 20, 80),
+    ],
+)
+def test_any_number_of_frames_that_cogvideox_makes_so_many_latents_of_is_taken(
+    asked: int, latent_frames: int, made: int, client: DecodeClient
+) -> None:
+    padded = pipeline("CogVideoXPipeline", vae=None, transformer=part("T", patch_size_t=2))
+    job = client.submit(zeros(1, latent_frames, 16, 6, 8), pipeline=padded, num_frames=asked)
+    request = job.snapshot().request
+    assert request is not None
+    assert request.num_frames == made
+    with pytest.raises(InvalidSize, match="num_frames"):
+        client.submit(zeros(1, latent_frames, 16, 6, 8), pipeline=padded, num_frames=asked + 8)
+
+
+def test_what_is_normalised_in_patches_has_even_sides(client: DecodeClient) -> None:
+    with pytest.raises(InvalidSize, match="odd side") as refusal:
+        client.submit(zeros(1, 32, 7, 8), vae="bria-fibo2")
+    assert refusal.value.field == "latents"
+
+
+def test_a_shift_that_nothing_adds_is_refused(client: DecodeClient) -> None:
+    with pytest.raises(InvalidOption, match="leave it out") as refusal:
+        client.submit(zeros(1, 4, 6, 8), vae="sd", state="reciprocal", shift_factor=0.1)
+    assert refusal.value.field == "shift_factor"
+    assert client.submit(zeros(1, 4, 6, 8), vae="sd", state="reciprocal", shift_factor=0.0).cancel() == "canceled"
+
+
+def test_an_encode_takes_over_of_a_pipeline_what_belongs_to_its_vae(client: DecodeClient) -> None:
+    """pipeline_stable_diffusion_3_inpaint.py leaves the shift out of its decode, and subtracts it as it encodes."""
+    picture = np.zeros((48, 64, 3), np.uint8)
+    requests = []
+    for options in ({}, {"shift_factor": 0.5}):
+        request = client.encode(picture, pipeline="StableDiffusion3InpaintPipeline", **options).snapshot().request
+        assert request is not None
+        requests.append(request)
+    assert [request.vae for request in requests] == ["sd3", "sd3"]
+    assert [request.shift_factor for request in requests] == [None, 0.5]
+
+
+@pytest.mark.parametrize(("vae", "frames"), [("wan", 80), ("cogvideox-5b", 48), ("minimax-h3", 20)])
+def test_how_many_frames_a_vaes_own_input_has_is_its_business(vae: str, frames: int, client: DecodeClient) -> None:
+    """`AutoencoderKLWan._encode` drops what is more than whole groups; a pipeline's own code counts on it."""
+    clip = zeros(1, 3, frames, 16, 16)
+    assert client.encode(clip, vae=vae, state="posterior", layout="video").cancel() == "canceled"
+    with pytest.raises(InvalidSize, match=f"{frames} frames"):
+        client.encode(clip, vae=vae, state="denormalised", layout="video")
 
 
 def test_a_padded_canvas_needs_the_frames_that_were_asked_for(client: DecodeClient) -> None:

@@ -131,6 +131,15 @@ _WAN_CASES: Mapping[str, Whole] = {
         call={**_FORCED, **PICTURE},
         batch=1,
     ),
+    # its last picture's latents stay in what it hands out, and are taken off before it decodes
+    "SkyReelsV2DiffusionForcingImageToVideo, to a last picture": variant(
+        _SKYREELS,
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        scheduler=part("UniPCMultistepScheduler"),
+        call={**_FORCED, **PICTURE, "last_image": lambda: picture(height=64, width=96)},
+        given={"layout": "video_canvas", "num_frames": 9},
+        batch=1,
+    ),
     "MotifVideoImage2Video": variant(
         families_of_frames.CASES["motif-video"],
         "MotifVideoImage2VideoPipeline",

@@ -16,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from broker_config.errors import InvalidOption, JobFailed, UnknownVae, WeightsMissing
+from broker_config.errors import InvalidOption, JobFailed, UnknownVae, WaitTimeout, WeightsMissing
 from broker_config.vae_catalog import VaeCatalog
-from producer import DecodeClient, JobStatus
+from producer import DecodeClient, JobStatus, queued_vae
+from producer.pipelines import noise_state
 from producer.queued_vae import QueuedVAE
 from tests.parity import test_remote_vae_families
 from tests.parity.families import CASES as WHOLE
@@ -39,7 +40,7 @@ _OF_RGBA = "qwen-image-layered"
 #: Of a high dynamic range: its pipeline works with the stand-in of `ltx2`, which is the same VAE.
 _HDR = "ltx2-hdr"
 
-NAMES = {case.vae for case in WHOLE.values()} - {_HDR} | {"sd", "flux", "taesd", "svd", "sana", "sd3"}
+NAMES = {case.vae for case in WHOLE.values()} - {_HDR} | {"sd", "flux", "taesd", "svd", "sana", "sd3", "anyflow"}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,12 @@ def quiet(pipeline: Any) -> Any:
 def test_a_stand_in_of_a_high_dynamic_range_is_refused(served: Serving) -> None:
     with pytest.raises(InvalidOption, match="ltx2") as refusal:
         QueuedVAE(_HDR, client=served.client)
+    assert refusal.value.field == "vae"
+
+
+def test_a_stand_in_whose_jobs_end_with_what_the_pipeline_does_afterwards_is_refused(served: Serving) -> None:
+    with pytest.raises(InvalidOption, match="submit its latents") as refusal:
+        QueuedVAE("minimax-h3", client=served.client)
     assert refusal.value.field == "vae"
 
 
@@ -229,6 +236,32 @@ def test_frames_of_stable_video_diffusion_are_decoded_with_their_neighbours(serv
         assert torch.equal(queued.decode(frames, num_frames=3).sample, expected)
         assert torch.equal(queued.decode(frames, 3, return_dict=False)[0], expected)
         assert not torch.equal(expected, real.decode(frames, num_frames=6).sample)
+
+
+def test_a_vae_that_decodes_from_noise_is_given_the_generator(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its state; a worker draws from it what the pipeline would have drawn."""
+    monkeypatch.setattr(queued_vae, "_read_statistics", lambda module, entry: None)  # its weights are on a hub
+    queued = QueuedVAE("consistency-decoder", client=served.client, wait_s=0.01, config={})
+    generator = torch.Generator().manual_seed(3)
+    generator.manual_seed(5)
+    with pytest.raises(WaitTimeout) as timeout:
+        queued.decode(torch.zeros(1, 4, 6, 8), generator=generator)
+    assert timeout.value.job_id is not None
+    job = served.client.job(timeout.value.job_id)
+    request = job.snapshot().request
+    job.cancel()
+    assert request is not None
+    assert request.noise_state == noise_state(torch.Generator().manual_seed(5))
+
+
+def test_a_clip_of_any_length_is_encoded_as_the_class_does_it(served: Serving) -> None:
+    """By `encode`, and by `_encode`, which AnyFlow's pipelines call."""
+    real, queued = pair(served, "anyflow")
+    for frames in (8, 9):
+        clip = torch.randn(1, 3, frames, 48, 64, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            assert torch.equal(queued.encode(clip).latent_dist.mode(), real.encode(clip).latent_dist.mode())
+            assert torch.equal(queued._encode(clip), real._encode(clip))
 
 
 def test_a_vae_with_timestep_conditioning_is_told_the_timestep(tmp_path: Path, catalog: Path) -> None:

@@ -39,7 +39,7 @@ CASES: Mapping[str, Facts] = {
     "with a generator": Facts(shape=(1, 96, 128), said={**_LTX, "noise_state": STATE}),
     "with another scale": Facts(
         shape=(1, 4, 6, 8),
-        said={"vae": "sd", "state": "reciprocal", "scaling_factor": 0.25, "shift_factor": 0.125, "allow_tiling": True},
+        said={"vae": "sd", "state": "scaled", "scaling_factor": 0.25, "shift_factor": 0.125, "allow_tiling": True},
     ),
     "of one VAE": Facts(
         shape=(1, 4, 6, 8),
