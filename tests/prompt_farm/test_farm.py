@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from broker_config import keys
 from broker_config.connection import connect_url
 from broker_config.errors import ConfigurationError, InvalidOption, InvalidRow, UnknownPipeline, UnknownVae
 from broker_config.job_status import JobStatus
@@ -259,26 +258,37 @@ def test_what_the_queue_does_not_take_goes_to_the_spool_and_comes_home_all_the_s
 
 
 def test_a_job_that_is_nowhere_any_more_fails_instead_of_being_waited_for(
-    settings: Settings, pipeline: Any, client: DecodeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings,
+    pipeline: Any,
+    client: DecodeClient,
+    worker: ThreadWorker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its file in the spool was set aside, or the broker came back empty: nobody would ever tell of it."""
     monkeypatch.setattr(collector, "_LOOK_S", 0.05)
-    own = DecodeClient(client.store.connections, settings=settings, catalog=client.catalog, spool=tmp_path / "spool")
-    assert own.spool is not None
-    farm = Farm(pipeline, own, PROMPTS, **CALL)
+    worker.gate.close()
+    narrow = DecodeClient(
+        client.store.connections,
+        settings=settings.model_copy(update={"max_pending_jobs": 1}),
+        catalog=client.catalog,
+        spool=tmp_path / "spool",
+    )
+    assert narrow.spool is not None
+    spool = narrow.spool.spool
+    farm = Farm(pipeline, narrow, PROMPTS, block_s=0.01, **CALL)
     results: list[FarmResult] = []
     reading = threading.Thread(target=lambda: results.extend(farm))
     reading.start()
-    try:
-        wait_until(lambda: len(client.store.connections.commands.keys(keys.job("*"))) == len(PROMPTS))
-        for key in client.store.connections.commands.keys(keys.job("*")):
-            client.store.connections.commands.delete(key)
-        reading.join(60)
-        assert not reading.is_alive()
-    finally:
-        farm.stop()
-        own.spool.close()
-    assert [result.error.code for result in results if result.error] == ["job_not_found"] * len(PROMPTS)
+    wait_until(lambda: len(spool.entries()) == 2)
+    for entry in spool.entries():
+        spool.set_aside(entry, "as a flush does it with what the broker refuses for good")
+    worker.gate.open()
+    reading.join(60)
+    assert not reading.is_alive()
+    narrow.spool.close()
+    assert sorted(result.error.code if result.error else "" for result in results) == ["", *["job_not_found"] * 2]
+    assert "spool list" in "".join(result.error.message for result in results if result.error)
 
 
 def test_a_spool_that_cannot_be_read_delays_and_does_not_end_the_farm(

@@ -38,8 +38,15 @@ CASES: Mapping[str, Facts] = {
     "with noise": Facts(shape=(1, 96, 128), said={**_LTX, "decode_noise_scale": 0.025, "seed": 2**64 - 1}),
     "with a generator": Facts(shape=(1, 96, 128), said={**_LTX, "noise_state": STATE}),
     "with another scale": Facts(
-        shape=(1, 4, 6, 8),
-        said={"vae": "sd", "state": "scaled", "scaling_factor": 0.25, "shift_factor": 0.125, "allow_tiling": True},
+        shape=(1, 4, 3, 6, 8),
+        said={
+            "vae": "sd",
+            "layout": "video_2d",
+            "state": "scaled",
+            "scaling_factor": 0.25,
+            "shift_factor": 0.125,
+            "allow_tiling": True,
+        },
     ),
     "of one VAE": Facts(
         shape=(1, 4, 6, 8),

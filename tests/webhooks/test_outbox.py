@@ -251,6 +251,7 @@ def test_an_id_that_is_used_again_after_its_tombstone_has_its_own_end_told(
             bench.admin.zrem(keys.OUTBOX, found)
         if state == "dead":
             bench.admin.zadd(keys.DEAD_LETTERS, {found: 1e15})
+        bench.client.store.retire(job.id)
         bench.admin.delete(keys.job(job.id), keys.attempts(job.id))  # its tombstone ends
 
 
