@@ -16,9 +16,10 @@ import redis
 from broker_config.connection import Connections, broker_errors, connect_url, redact
 from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import ConfigurationError
+from broker_config.exit_status import EXIT_UNUSABLE
 from broker_config.settings import Settings
 from broker_config.supported_servers import verify_server
-from producer.supervisor import EXIT_UNUSABLE, Supervisor, sharing_cores
+from producer.supervisor import Supervisor, sharing_cores
 
 _WATCH_S = 0.3
 NEEDED_FOR_WEBHOOKS: Final = "LATENTQ_PUBLIC_URL and LATENTQ_LINK_KEY"

@@ -21,10 +21,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from broker_config.exit_status import EXIT_UNUSABLE
+
 logger = logging.getLogger(__name__)
 
-#: Exit status of a child whose configuration cannot work.
-EXIT_UNUSABLE: Final = 2
 _PAUSE_FIRST_S: Final = 0.5
 _PAUSE_LONGEST_S: Final = 30.0
 #: A child that lived this long ended for a new reason.

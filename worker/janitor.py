@@ -22,6 +22,7 @@ from typing import Final
 from broker_config import keys
 from broker_config.connection import broker_errors, connect
 from broker_config.errors import BrokerError, BrokerRefusesWrites, BrokerUnreachable, LatentqError
+from broker_config.exit_status import exit_status
 from broker_config.job_store import JobStore
 from broker_config.logs import configure_logging
 from broker_config.settings import Settings, load_settings
@@ -201,7 +202,7 @@ def run_janitor(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m worker.janitor`; returns its exit status: 0 stopped, 2 not startable."""
+    """`python -m worker.janitor`; returns its exit status: 0 stopped, 2 not startable, 75 the broker is away."""
     argparse.ArgumentParser(prog="latentq janitor", description="Looks after the queue until stopped.").parse_args(argv)
     try:
         settings = load_settings()
@@ -209,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_janitor(settings)
     except LatentqError as error:
         print(f"latentq janitor: {error.message} [{error.code}]", file=sys.stderr)
-        return 2
+        return exit_status(error)
     return 0
 
 
