@@ -130,6 +130,8 @@ class EmbeddedBroker:
     def start(self) -> BrokerState:
         """Start the server, or bring a dead one back at the same URL; one that runs is left alone.
 
+        Where a dead one does not come back the folder and the URL stay this broker's, until `stop`.
+
         Raises ConfigurationError if another process runs a broker here (naming it) or the folder is not
         usable, BrokerUnreachable (with the end of its log) if the server ends or hangs, and what
         `find_server_binary` raises.
@@ -137,6 +139,7 @@ class EmbeddedBroker:
         with self._mutex:
             if self._state is not None and self._server is not None and self._server.poll() is None:
                 return self._state
+            again = self._state is not None
             try:
                 self._end_server()  # reaps a dead one and its watcher
                 self._state = self._launch(find_server_binary(self._binary))
@@ -144,12 +147,20 @@ class EmbeddedBroker:
                     self._syncing = AofSyncing(self._data_dir / "appendonlydir")
                     self._syncing.start()
             except BaseException as exc:  # also KeyboardInterrupt: never leave a server behind
-                self.stop()
+                if again:
+                    self._end_server()
+                else:
+                    self.stop()
                 if isinstance(exc, OSError):
                     what = f"The embedded broker cannot use {self._data_dir}: {exc}."
                     raise errors.ConfigurationError(what) from exc
                 raise
             return self._state
+
+    def ended(self) -> int | None:
+        """Exit status of a server that ended by itself; None: it runs, or none was started."""
+        with self._mutex:
+            return None if self._server is None else self._server.poll()
 
     def stop(self) -> None:
         """Stop the server in good order and let go of the folder; nothing happens if it does not run."""
