@@ -156,7 +156,8 @@ def writes(seen: Observations) -> Finding:
 #: What is refused at a limit, and what to do about it.
 _ALL: Final = (
     "submits",
-    "start more workers, `ack` results that are safe elsewhere, shorten retention, or raise the limit",
+    "start more workers, `ack` results that are safe elsewhere, shorten LATENTQ_RETENTION_S, or LATENTQ_TOMBSTONE_S "
+    "where jobs are many, or raise the limit",
 )
 _WITH_WEBHOOK: Final = (
     "submits with a webhook",
