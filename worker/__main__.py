@@ -15,6 +15,7 @@ from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeCatalog
 from worker.decode_worker import DecodeWorker
 from worker.settings import load_worker_settings
+from worker.temporary_folders import remove_abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads=arguments.threads,
             name=arguments.name,
         )
+        remove_abandoned()
         connections = connect(settings, name=f"latentq-worker-{own.name}")
         worker = DecodeWorker(
             connections, settings=settings, worker_settings=own, catalog=VaeCatalog.load(settings.catalog)
