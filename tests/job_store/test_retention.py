@@ -138,7 +138,7 @@ def test_a_late_word_of_a_finished_attempt_is_known_by_the_tombstone(queue: Queu
 
 
 def test_a_tombstone_takes_a_few_hundred_bytes(queue: Queue) -> None:
-    """It stays for a week, of each job: as a hash table it would be five times as large."""
+    """It stays for a week, of each job: as a hash table it would be three times as large."""
     job = queue.submit(metadata={"prompt": "a word " * 100})
     end(queue, job)
     queue.store().retire(job)
