@@ -188,7 +188,7 @@ def test_what_has_been_read_is_known_while_the_data_are_read(data_dir: Path, slo
             url = f"unix://{data_dir}/run/broker.sock"
             wait_until(lambda: is_loading(url))
             with client_of(url) as client:
-                first = wait_until(lambda: module._loaded_bytes(client), what="something to be read")
+                first = wait_until(lambda: module._loaded_bytes(client) or 0, what="something to be read")
                 wait_until(lambda: (module._loaded_bytes(client) or 0) > first, what="more to be read")
                 client.config_set("key-load-delay", "0")
             started.result(timeout=30)
