@@ -45,21 +45,43 @@ class AofSyncing:
         while not self._stop.wait(self._every_s):
             try:
                 self.sync()
-            except OSError as error:  # a rewrite takes files away; the next round sees the new ones
-                logger.debug("append-only file not synced: %s", error, extra={"action": "aof_not_synced"})
+            except OSError as error:  # the folder itself
+                _log_failed(self._folder, error)
 
     def sync(self) -> list[str]:
-        """Syncs every file that has grown since the last time. Returns their names."""
+        """Syncs every file that has grown since the last time. Returns their names.
+
+        One that cannot be synced is logged and tried again in the next round; it stops no other.
+        """
         grown = []
         for path in sorted(self._folder.glob("*")):
-            size = path.stat().st_size
-            if self._seen.get(path.name) == size:
-                continue
-            file = os.open(path, os.O_RDONLY)
             try:
-                os.fsync(file)
-            finally:
-                os.close(file)
-            self._seen[path.name] = size
-            grown.append(path.name)
+                size = path.stat().st_size
+                if self._seen.get(path.name) == size:
+                    continue
+                _sync(path)
+            except FileNotFoundError:  # a rewrite takes files away; the next round sees the new ones
+                logger.debug("%s went away while it was synced", path, extra={"action": "aof_not_synced"})
+            except OSError as error:
+                _log_failed(path, error)
+            else:
+                self._seen[path.name] = size
+                grown.append(path.name)
         return grown
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _log_failed(path: Path, error: OSError) -> None:
+    logger.error(
+        "%s could not be synced, so a loss of power may lose what is in it: %s",
+        path,
+        error,
+        extra={"action": "aof_sync_failed"},
+    )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PART_BYTES: Final = 16 << 20
 _PARALLEL_PARTS: Final = 4
 _CONNECT_TIMEOUT_S: Final = 5
-#: One part over a 5 Mbit/s line.
+#: A part over an 18 Mbit/s line, or over 5 Mbit/s where it is alone: the four that go up at a time share the line.
 _REQUEST_TIMEOUT_S: Final = 30
 #: Together well below a lease's stage limit; a worker goes on trying after that.
 _RETRIES: Final = 4

@@ -169,7 +169,7 @@ def broker_errors(url: str) -> Iterator[None]:
     except (ConnectionError, TimeoutError, OSError) as error:
         raise BrokerUnreachable(
             f"the broker at {url} does not answer ({type(error).__name__}): start it with `latentq up`, or check "
-            "LATENTQ_REDIS_URL and the network"
+            "LATENTQ_REDIS_URL, the network, and the disk and log of a broker that does not stay up"
         ) from error
     except (OutOfMemoryError, ReadOnlyError) as error:
         raise BrokerRefusesWrites(

@@ -51,7 +51,8 @@ _log = logging.getLogger(__name__)
 _POLL_S = 0.005
 #: Until the server listens: 0.04 to 0.13 s were measured; the rest is for busy machines and slow disks.
 _START_BOUND_S = 30.0
-#: Once it listens it reads its AOF: the default 4 GiB at 35 MB/s.
+#: Once it listens it reads its AOF, for as long as that takes; but it must have read on within this time. A value or a
+#: command is read as one, so it may be silent for seconds on a slow disk.
 _LOADING_BOUND_S = 120.0
 #: From SIGTERM to the exit: 0.1 s were measured; an fsync of much data to a slow disk is what takes long.
 _STOP_BOUND_S = 60.0
@@ -130,6 +131,8 @@ class EmbeddedBroker:
     def start(self) -> BrokerState:
         """Start the server, or bring a dead one back at the same URL; one that runs is left alone.
 
+        Where a dead one does not come back the folder and the URL stay this broker's, until `stop`.
+
         Raises ConfigurationError if another process runs a broker here (naming it) or the folder is not
         usable, BrokerUnreachable (with the end of its log) if the server ends or hangs, and what
         `find_server_binary` raises.
@@ -137,6 +140,7 @@ class EmbeddedBroker:
         with self._mutex:
             if self._state is not None and self._server is not None and self._server.poll() is None:
                 return self._state
+            again = self._state is not None
             try:
                 self._end_server()  # reaps a dead one and its watcher
                 self._state = self._launch(find_server_binary(self._binary))
@@ -144,12 +148,20 @@ class EmbeddedBroker:
                     self._syncing = AofSyncing(self._data_dir / "appendonlydir")
                     self._syncing.start()
             except BaseException as exc:  # also KeyboardInterrupt: never leave a server behind
-                self.stop()
+                if again:
+                    self._end_server()
+                else:
+                    self.stop()
                 if isinstance(exc, OSError):
                     what = f"The embedded broker cannot use {self._data_dir}: {exc}."
                     raise errors.ConfigurationError(what) from exc
                 raise
             return self._state
+
+    def ended(self) -> int | None:
+        """Exit status of a server that ended by itself; None: it runs, or none was started."""
+        with self._mutex:
+            return None if self._server is None else self._server.poll()
 
     def stop(self) -> None:
         """Stop the server in good order and let go of the folder; nothing happens if it does not run."""
@@ -295,21 +307,53 @@ def _signal_at_death_of(owner_pid: int) -> Callable[[], None]:
     return in_child
 
 
+class _Patience:
+    """How long a start is waited for: until the server listens, then while it reads on."""
+
+    def __init__(self, now_s: float) -> None:
+        self._since_s = now_s
+        self._loaded_bytes: int | None = None
+        self.bound_s = _START_BOUND_S
+
+    def loads(self) -> None:
+        """It listens, and reads its AOF."""
+        self.bound_s = _LOADING_BOUND_S
+
+    def is_over(self, now_s: float, *, loaded_bytes: int | None) -> bool:
+        """Whether nothing happened for too long. `loaded_bytes`: what it has read; None: not known now."""
+        if now_s - self._since_s > self.bound_s:
+            return True
+        if loaded_bytes not in (None, self._loaded_bytes):
+            self._since_s, self._loaded_bytes = now_s, loaded_bytes
+        return False
+
+
+def _loaded_bytes(client: redis.Redis) -> int | None:
+    """What a server that reads its AOF has read of it; None: it does not say."""
+    try:
+        found = client.info("persistence").get("loading_loaded_bytes")
+    except redis.RedisError:  # busy with a large value, or ending
+        return None
+    return None if found is None else int(found)
+
+
 def _await_ready(server: subprocess.Popen[bytes], url: str, *, log_path: Path) -> tuple[str, str]:
-    began_s, bound_s = time.monotonic(), _START_BOUND_S
+    patience = _Patience(time.monotonic())
     with connect(url, timeout_s=1.0) as client:
         while True:
+            loaded_bytes = None
             try:
                 client.ping()
                 info = client.info("server")
                 break
             except (redis.BusyLoadingError, redis.TimeoutError):  # it listens, and reads its AOF
-                bound_s = _LOADING_BOUND_S
+                patience.loads()
+                loaded_bytes = _loaded_bytes(client)
             except redis.RedisError:  # it does not listen yet
                 pass
             status = server.poll()
-            if status is not None or time.monotonic() - began_s > bound_s:
-                what = f"was not ready in {bound_s:g} s" if status is None else f"ended with status {status}"
+            if status is not None or patience.is_over(time.monotonic(), loaded_bytes=loaded_bytes):
+                what = f"was not ready in {patience.bound_s:g} s" if status is None else f"ended with status {status}"
                 tail = "\n".join(log_path.read_text(errors="replace")[-4000:].splitlines()[-20:])
                 raise errors.BrokerUnreachable(f"The embedded broker {what}; {log_path} ends with:\n{tail}")
             time.sleep(_POLL_S)

@@ -33,6 +33,8 @@ __all__ = ["Delivery", "DeliveryPage", "DeliveryState", "WebhookCounts", "Webhoo
 #: Ids looked at in one round trip of a listing, and in all for one page: a filter that fits few must not read all.
 _CHUNK: Final = 200
 _LOOKED_AT: Final = 5000
+#: Receivers that are asked how much waits for them: those that are left alone longest, being silent, come first.
+_MOST_RECEIVERS: Final = 10_000
 #: How long a ping is remembered.
 _PING_S: Final = 3600.0
 
@@ -132,6 +134,17 @@ class WebhookDeliveries:
             overdue_s=overdue_s if overdue_s > 0 else None,
             **{name: ended.get(name, 0) for name in names},
         )
+
+    def crowded(self, *, least: int) -> dict[str, int]:
+        """Receivers (scheme, host, port) for which so many deliveries wait or more, with how many those are."""
+        with broker_errors(self._connections.url):
+            raw: Any = self._connections.commands.zrange(keys.RECEIVERS, 0, _MOST_RECEIVERS - 1, desc=True)
+        receivers = [text(item) for item in raw]
+        with pipelined(self._connections) as pipe:
+            for receiver in receivers:
+                pipe.zcard(keys.due(receiver))
+            counts = pipe.execute()
+        return {receiver: count for receiver, count in zip(receivers, counts, strict=True) if count >= least}
 
     # Operating ------------------------------------------------------------------------------------------
 

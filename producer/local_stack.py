@@ -16,9 +16,11 @@ import redis
 from broker_config.connection import Connections, broker_errors, connect_url, redact
 from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import ConfigurationError
+from broker_config.exit_status import EXIT_UNUSABLE
 from broker_config.settings import Settings
 from broker_config.supported_servers import verify_server
-from producer.supervisor import EXIT_UNUSABLE, Supervisor, sharing_cores
+from producer.kept_broker import KeptBroker
+from producer.supervisor import Supervisor, sharing_cores
 
 _WATCH_S = 0.3
 NEEDED_FOR_WEBHOOKS: Final = "LATENTQ_PUBLIC_URL and LATENTQ_LINK_KEY"
@@ -62,6 +64,7 @@ class LocalStack:
         self._workers = workers
         self._gateway = gateway
         self._supervisor = Supervisor()
+        self._broker: KeptBroker | None = None
         self._stop = threading.Event()
         #: Known once it runs.
         self.url = ""
@@ -80,6 +83,7 @@ class LocalStack:
             else:
                 broker = EmbeddedBroker(self._settings.broker_dir, binary=self._settings.redis_server)
                 self.url = stack.enter_context(broker).url
+                self._broker = KeptBroker(broker)
             connections = connect_url(self.url, name="latentq-up")
             stack.callback(connections.close)
             self._verify(connections.commands)
@@ -93,7 +97,7 @@ class LocalStack:
         Raises:
             ConfigurationError: a process cannot work as configured; it has said why.
         """
-        broken = self._supervisor.check()
+        broken = self._check()
         if broken is not None:
             raise ConfigurationError(f"{broken} cannot run as configured; it has said why above")
 
@@ -110,12 +114,18 @@ class LocalStack:
             announce(f"courier  {'1' if self._delivers else 'none: webhooks need ' + NEEDED_FOR_WEBHOOKS}")
             announce("stop with Ctrl-C")
             while not self._stop.wait(_WATCH_S):
-                broken = self._supervisor.check()
+                broken = self._check()
                 if broken is not None:
                     announce(f"{broken} cannot run as configured; stopping")
                     return EXIT_UNUSABLE
             announce("stopping: what is being decoded is finished, the rest stays in the queue")
         return 0
+
+    def _check(self) -> str | None:
+        """Starts again what ended. Returns the name of a process that cannot work as configured, else None."""
+        if self._broker is not None:
+            self._broker.check()
+        return self._supervisor.check()
 
     @property
     def _delivers(self) -> bool:

@@ -4,7 +4,8 @@ Used by `latentq up` and `latentq demo`. Children are separate programs (never f
 forked child) in the supervisor's session; they are told to stop with SIGTERM, in the reverse order of their start.
 
 DESIGN. A child that ends with status 2 cannot work as configured, so everything ends with its message. Any other end
-is a crash or a hang: it is started again after a pause that doubles with each quick end. When the supervisor is
+is a crash or a hang: it is started again after a pause that doubles with each quick end; so is
+the embedded broker (kept_broker.py). When the supervisor is
 killed, the broker follows by itself (embedded_broker.py) and on Linux the children too (`PR_SET_PDEATHSIG`).
 """
 
@@ -21,11 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from broker_config.exit_status import EXIT_UNUSABLE
+
 logger = logging.getLogger(__name__)
 
-#: Exit status of a child whose configuration cannot work.
-EXIT_UNUSABLE: Final = 2
-_PAUSE_FIRST_S: Final = 0.5
+PAUSE_FIRST_S: Final = 0.5
 _PAUSE_LONGEST_S: Final = 30.0
 #: A child that lived this long ended for a new reason.
 _SETTLED_S: Final = 60.0
@@ -43,7 +44,7 @@ class Child:
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     restart_at: float = 0.0
-    pause_s: float = _PAUSE_FIRST_S
+    pause_s: float = PAUSE_FIRST_S
     restarts: int = 0
     statuses: list[int] = field(default_factory=list)
 
@@ -69,6 +70,11 @@ def sharing_cores(environment: Mapping[str, str]) -> dict[str, str]:
     long on two cores. Threads that sleep instead compute the same. What the user has set stays.
     """
     return {"OMP_WAIT_POLICY": "PASSIVE", **environment}
+
+
+def next_pause_s(pause_s: float, *, lived_s: float) -> float:
+    """How long what has ended is left alone, after `pause_s` the last time: twice as long with each quick end."""
+    return PAUSE_FIRST_S if lived_s > _SETTLED_S else min(pause_s * 2, _PAUSE_LONGEST_S)
 
 
 class Supervisor:
@@ -103,8 +109,7 @@ class Supervisor:
                 continue
             if status == EXIT_UNUSABLE:
                 return child.name
-            settled = now - child.started > _SETTLED_S
-            child.pause_s = _PAUSE_FIRST_S if settled else min(child.pause_s * 2, _PAUSE_LONGEST_S)
+            child.pause_s = next_pause_s(child.pause_s, lived_s=now - child.started)
             child.restart_at = now + child.pause_s
             logger.warning(
                 "%s ended with status %d, starting it again in %.1f s",

@@ -6,20 +6,18 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Final
 
 from broker_config.connection import connect
 from broker_config.errors import LatentqError
+from broker_config.exit_status import exit_status
 from broker_config.logs import configure_logging
 from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeCatalog
 from worker.decode_worker import DecodeWorker
 from worker.settings import load_worker_settings
+from worker.temporary_folders import remove_abandoned
 
 logger = logging.getLogger(__name__)
-
-#: Exit status when starting later may help (EX_TEMPFAIL of sysexits.h).
-EXIT_AWAY: Final = 75
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -47,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads=arguments.threads,
             name=arguments.name,
         )
+        remove_abandoned()
         connections = connect(settings, name=f"latentq-worker-{own.name}")
         worker = DecodeWorker(
             connections, settings=settings, worker_settings=own, catalog=VaeCatalog.load(settings.catalog)
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return worker.run()
     except LatentqError as error:
         print(f"latentq worker: {error.message} [{error.code}]", file=sys.stderr)
-        return EXIT_AWAY if error.retryable else 2
+        return exit_status(error)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ DESIGN. A VideoEncoder belongs to one thread; several may run side by side. Noth
 ffmpeg's stderr goes to a file (no pipe that fills up), stdin is non-blocking and waited for with a bound,
 the wait for the end has one too. Its files lie in one temporary folder. Whatever way the `with` is left,
 the process has been reaped and the folder is gone. If this process is killed instead, ffmpeg reads the
-end of its stdin and ends by itself, but the folder `latentq-video-*` stays.
+end of its stdin and ends by itself, but the folder `latentq-video-*` stays, until a worker that starts finds
+it a day old (temporary_folders.py).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import numpy.typing as npt
 
 from broker_config.errors import EncodeFailed
 from worker.image_encoding import Encoded, canonical_json, metadata_document
+from worker.temporary_folders import VIDEO_PREFIX
 
 #: 81 frames of 832x480 in 0.5 s against 1.4 s for medium, on two cores; what it costs is size, not quality.
 X264_PRESET = "veryfast"
@@ -128,7 +130,7 @@ class VideoEncoder:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             try:
-                self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latentq-video-")))
+                self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=VIDEO_PREFIX)))
                 process = self._start()
             except OSError as error:
                 raise EncodeFailed(f"could not start ffmpeg: {error}") from error
@@ -269,7 +271,7 @@ def encode_video(
 
 def probe_video(data: bytes) -> VideoInfo:
     """What the MP4 `data` holds; each frame is decoded to be counted. Raises ValueError for anything else."""
-    with tempfile.TemporaryDirectory(prefix="latentq-video-") as folder:
+    with tempfile.TemporaryDirectory(prefix=VIDEO_PREFIX) as folder:
         crc, tags = Path(folder, "crc"), Path(folder, "tags")
         _, stderr = _read_with_ffmpeg(
             data,
@@ -299,7 +301,7 @@ def decode_video(data: bytes) -> npt.NDArray[np.uint8]:
 
     Holds the whole clip in memory. Raises ValueError for anything else.
     """
-    with tempfile.TemporaryDirectory(prefix="latentq-video-") as folder:
+    with tempfile.TemporaryDirectory(prefix=VIDEO_PREFIX) as folder:
         raw, stderr = _read_with_ffmpeg(
             data,
             folder=Path(folder),

@@ -1,6 +1,7 @@
 -- Returns jobs whose lease ended. ARGV: janitor, lease_ms, quiet_ms, max_crashes, crash exc_string, limit.
 -- Nothing expires for one lease length after the broker restarted or after nobody reaped for `quiet_ms`: then the silence
--- may have been ours, not the worker's.
+-- may have been ours, not the worker's. A clock that was set back must not make that, or a lease, any longer: what was
+-- written by the clock as it was ends in the far future by the clock as it is.
 -- Returns {'grace', ms left} | {'reaped', id, what, …} with what = requeued | crashed | failed | canceled | broken
 -- (a key of it is of another kind: it is tried again after a lease, and does not stop the others).
 local janitor, lease_ms, quiet_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -9,10 +10,15 @@ local max_crashes, crash_exc = tonumber(ARGV[4]), ARGV[5]
 local run_id = string.match(call('INFO', 'server'), 'run_id:(%w+)')
 local now, key = now_ms(), P .. 'reaper'
 local seen = call('HMGET', key, 'run_id', 'at_ms', 'grace_ms')
-local grace = tonumber(seen[3]) or 0
-if seen[1] ~= run_id or now - (tonumber(seen[2]) or 0) > quiet_ms then grace = now + lease_ms end
+local at, grace = tonumber(seen[2]) or 0, math.min(tonumber(seen[3]) or 0, now + lease_ms)
+if seen[1] ~= run_id or now - at > quiet_ms then grace = now + lease_ms end
 call('HSET', key, 'run_id', run_id, 'at_ms', int(now), 'grace_ms', int(grace), 'janitor', janitor)
 call('EXPIRE', key, 3600)
+if now < at then
+  -- Ten: workers may have longer leases than the janitor. A live one renews, and has its own again.
+  local latest = int(now + 10 * lease_ms)
+  for _, id in ipairs(call('ZRANGEBYSCORE', LEASES, '(' .. latest, '+inf')) do call('ZADD', LEASES, latest, id) end
+end
 if now < grace then return { 'grace', int(grace - now) } end
 
 local function give_back(rec)

@@ -15,7 +15,7 @@ from broker_config.queue_report import QueueReport
 from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeCatalog
 from broker_config.webhook_deliveries import WebhookDeliveries
-from producer.doctor.broker_checks import BROKER_CHECKS
+from producer.doctor.broker_checks import BROKER_CHECKS, NEARLY_FULL
 from producer.doctor.finding import Finding, Level, Observations, ok, problem
 from producer.doctor.job_checks import JOB_CHECKS
 from producer.doctor.store_check import look_at_store
@@ -79,6 +79,7 @@ def observe(connections: Connections, settings: Settings, *, long_wait_s: float,
         BrokerError: the broker does not answer.
     """
     report = QueueReport(connections)
+    deliveries = WebhookDeliveries(connections, settings)
     return Observations(
         settings=settings,
         url=connections.url,
@@ -88,7 +89,8 @@ def observe(connections: Connections, settings: Settings, *, long_wait_s: float,
         leases=report.leases(slack_s=_LEASE_SLACK_S),
         suspended=report.suspended(),
         store=look_at_store(connections, settings),
-        webhooks=WebhookDeliveries(connections, settings).counts(),
+        webhooks=deliveries.counts(),
+        crowded=deliveries.crowded(least=max(1, round(NEARLY_FULL * settings.webhook_max_pending / 4))),
         audit=audit_jobs(connections, max_keys=max_keys),
         long_wait_s=long_wait_s,
     )
@@ -106,5 +108,5 @@ def _catalogue(settings: Settings) -> Finding:
 def _unreachable(error: LatentqError) -> Finding:
     # Messages of errors name the fix behind a colon.
     finding, colon, fix = error.message.rpartition(": ")
-    fix = fix if colon else "`latentq up` starts one; otherwise check LATENTQ_REDIS_URL and the network"
+    fix = fix if colon else "`latentq up` starts one; otherwise check LATENTQ_REDIS_URL, network and disk"
     return problem("broker", f"{finding if colon else error.message}; nothing else was checked", fix=fix)

@@ -12,7 +12,7 @@ _SLOW_S: Final = 0.05
 #: Above this, times in logs and `rq info` mislead. No job is decided by a host's clock.
 _SKEW_S: Final = 2.0
 #: From here on the queue is about to refuse submits.
-_NEARLY_FULL: Final = 0.8
+NEARLY_FULL: Final = 0.8
 
 
 def version(seen: Observations) -> Finding:
@@ -113,7 +113,8 @@ def fsync(seen: Observations) -> Finding:
 
 
 def disk(seen: Observations) -> Finding:
-    """The broker says whether its last writes to disk went well."""
+    """The broker says whether its last writes to disk went well. One with `appendfsync always` cannot say so of the
+    append-only file: it ends at the first write that fails (aof.c `flushAppendOnlyFile`), and does not answer."""
     if not seen.facts.append_ok:
         return problem(
             "disk",
@@ -152,30 +153,59 @@ def writes(seen: Observations) -> Finding:
     return problem("writes", f"the broker refuses writes: {refusal}", fix=fix)
 
 
+#: What is refused at a limit, and what to do about it.
+_ALL: Final = (
+    "submits",
+    "start more workers, `ack` results that are safe elsewhere, shorten LATENTQ_RETENTION_S, or LATENTQ_TOMBSTONE_S "
+    "where jobs are many, or raise the limit",
+)
+_WITH_WEBHOOK: Final = (
+    "submits with a webhook",
+    "`latentq webhooks list --pending` says what waits: start more couriers or workers, or raise the limit",
+)
+_TO_RECEIVER: Final = (
+    "submits with a webhook there",
+    "`latentq webhooks list --pending` says what waits and why: bring that receiver back, or start more couriers",
+)
+
+
 def admission(seen: Observations) -> Finding:
     """How near the limits are at which submits are refused."""
     settings, totals, facts = seen.settings, seen.totals, seen.facts
-    # The same sums as scripts/submit.lua.
+    # The same sums as scripts/prelude.lua, `refusal`.
     fills = [
-        (totals.jobs / settings.max_pending_jobs, "of LATENTQ_MAX_PENDING_JOBS"),
-        (totals.latents_bytes / settings.max_pending_bytes, "of LATENTQ_MAX_PENDING_BYTES"),
+        (totals.jobs / settings.max_pending_jobs, "of LATENTQ_MAX_PENDING_JOBS", _ALL),
+        (totals.latents_bytes / settings.max_pending_bytes, "of LATENTQ_MAX_PENDING_BYTES", _ALL),
+        (
+            (seen.webhooks.pending + seen.webhooks.reserved) / settings.webhook_max_pending,
+            "of LATENTQ_WEBHOOK_MAX_PENDING",
+            _WITH_WEBHOOK,
+        ),
     ]
+    for receiver, waiting in seen.crowded.items():
+        fills.append(
+            (
+                waiting / (settings.webhook_max_pending / 4),
+                f"of the quarter of LATENTQ_WEBHOOK_MAX_PENDING that may wait for {receiver}",
+                _TO_RECEIVER,
+            )
+        )
     if facts.max_memory_bytes:
         bytes_in_all = facts.used_memory_bytes + totals.reserved_bytes
         fills.append(
             (
                 bytes_in_all / (facts.max_memory_bytes * settings.memory_watermark),
                 f"of what submits may fill ({settings.memory_watermark:.0%} of maxmemory), expected results included",
+                _ALL,
             )
         )
-    share, what = max(fills)
+    share, what, (refused, fix) = max(fills)
     text = f"{share:.0%} {what}"
-    if share < _NEARLY_FULL:
+    if share < NEARLY_FULL:
         return ok("admission", text)
-    fix = "start more workers, `ack` results that are safe elsewhere, shorten retention, or raise the limit"
     if share < 1:
         return warning("admission", text, fix=fix)
-    return problem("admission", f"{text}: submits are refused", fix=fix)
+    return problem("admission", f"{text}: {refused} are refused", fix=fix)
 
 
 def blob_store(seen: Observations) -> Finding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -53,6 +53,8 @@ class Observations:
     suspended: bool
     store: StoreState
     webhooks: WebhookCounts
+    #: Receivers for which much waits, with how many deliveries.
+    crowded: Mapping[str, int]
     audit: JobAudit
     #: A job that waits longer than this is worth a look.
     long_wait_s: float

@@ -122,7 +122,9 @@ def lost(seen: Observations) -> Finding:
     text = f"{' and '.join(parts)}: {_some(ids, len(ids))}"
     if seen.leases.janitor is None:
         return problem("lost jobs", text, fix="start a janitor (`latentq janitor`): its walk queues them again")
-    return warning("lost jobs", text, fix="wait for the janitor's walk (90 s for 100,000 jobs), then look again")
+    return warning(
+        "lost jobs", text, fix="wait for the janitor's walk (half a minute for 100,000 jobs), then look again"
+    )
 
 
 def totals(seen: Observations) -> Finding:

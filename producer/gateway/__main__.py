@@ -10,6 +10,7 @@ from typing import Final
 
 from broker_config.connection import connect
 from broker_config.errors import LatentqError
+from broker_config.exit_status import exit_status
 from broker_config.logs import configure_logging
 from broker_config.settings import load_settings
 from broker_config.vae_catalog import VaeCatalog
@@ -29,7 +30,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a gateway; returns its exit status: 0 stopped, 2 not startable."""
+    """Runs a gateway; returns its exit status: 0 stopped, 2 not startable, 75 the broker is away."""
     arguments = _arguments(sys.argv[1:] if argv is None else argv)
     try:
         settings = load_settings()
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             connections.close()
     except LatentqError as error:
         print(f"latentq gateway: {error.message} [{error.code}]", file=sys.stderr)
-        return 2
+        return exit_status(error)
     return 0
 
 

@@ -180,6 +180,40 @@ def test_start_waits_while_the_data_are_read(data_dir: Path, binary: Path, slow_
             broker.stop()
 
 
+def test_what_has_been_read_is_known_while_the_data_are_read(data_dir: Path, slow_loader: Path) -> None:
+    broker = EmbeddedBroker(data_dir, binary=slow_loader)
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(broker.start)
+        try:
+            url = f"unix://{data_dir}/run/broker.sock"
+            wait_until(lambda: is_loading(url))
+            with client_of(url) as client:
+                first = wait_until(lambda: module._loaded_bytes(client) or 0, what="something to be read")
+                wait_until(lambda: (module._loaded_bytes(client) or 0) > first, what="more to be read")
+                client.config_set("key-load-delay", "0")
+            started.result(timeout=30)
+        finally:
+            broker.stop()
+
+
+def test_a_start_is_waited_for_while_the_server_reads_on() -> None:
+    patience = module._Patience(0.0)
+    assert not patience.is_over(module._START_BOUND_S, loaded_bytes=None)
+    patience.loads()
+    for number in range(1, 100):  # given: something new just before the bound, each time
+        assert not patience.is_over(number * (module._LOADING_BOUND_S - 1), loaded_bytes=number)
+    last_s = 99 * (module._LOADING_BOUND_S - 1)
+    assert not patience.is_over(last_s + module._LOADING_BOUND_S, loaded_bytes=99)
+    assert not patience.is_over(last_s + module._LOADING_BOUND_S, loaded_bytes=None)
+    assert patience.is_over(last_s + module._LOADING_BOUND_S + 1, loaded_bytes=None)
+
+
+def test_a_server_that_does_not_listen_is_waited_for_no_longer_than_its_bound() -> None:
+    patience = module._Patience(0.0)
+    assert not patience.is_over(module._START_BOUND_S - 1, loaded_bytes=None)
+    assert patience.is_over(module._START_BOUND_S + 1, loaded_bytes=None)
+
+
 def test_reading_the_data_has_a_bound(data_dir: Path, slow_loader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOADING_BOUND_S", 0.1)
     with pytest.raises(BrokerUnreachable, match=r"was not ready in 0\.1 s"):

@@ -42,6 +42,40 @@ def test_all_retentions_that_are_over_end_in_one_round(queue: Queue) -> None:
     assert queue.admin.zcard(keys.RETENTION) == 0
 
 
+def lose_all_but_the_records(queue: Queue) -> list[str]:
+    """Jobs that are queued but on no list."""
+    jobs = queue.submit_many(MANY)
+    queue.admin.delete(keys.rq_queue(keys.queue_name("sd", keys.Priority.NORMAL)))
+    queue.wait_ms(5)
+    return jobs
+
+
+def test_one_round_walks_on_over_the_keys_until_its_time_is_over(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step looks at so many keys, of whatever kind: a job has several, and others may be in the broker, too."""
+    monkeypatch.setattr(janitor, "_SETTLE_S", 0.001)
+    monkeypatch.setattr(janitor, "_SCAN_COUNT", 1)
+    monkeypatch.setattr(janitor, "_WALK_S", 3600.0)
+    jobs = lose_all_but_the_records(queue)
+    Janitor(queue.store(), name="janitor").tick()
+    assert sorted(queue.waiting()) == sorted(jobs)
+
+
+def test_one_round_takes_one_step_if_that_is_all_its_time(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(janitor, "_SETTLE_S", 0.001)
+    monkeypatch.setattr(janitor, "_SCAN_COUNT", 1)
+    monkeypatch.setattr(janitor, "_WALK_S", 0.0)
+    jobs = lose_all_but_the_records(queue)
+    one = Janitor(queue.store(), name="janitor")
+    one.tick()
+    assert len(queue.waiting()) < len(jobs)
+
+    def all_are_back() -> bool:
+        one.tick()
+        return sorted(queue.waiting()) == sorted(jobs)
+
+    wait_until(all_are_back, what="the walk to come round")
+
+
 def test_a_janitor_that_is_killed_is_replaced_within_three_seconds(queue: Queue) -> None:
     store = queue.store()
     standby = Janitor(store, name="standby")

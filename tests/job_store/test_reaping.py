@@ -108,6 +108,36 @@ def test_nothing_expires_for_one_lease_after_the_broker_restarted(queue: Queue) 
     assert queue.reap(store) == {job: "requeued"}
 
 
+def test_a_clock_that_is_set_back_keeps_leases_from_ending_for_no_longer_than_one_lease(queue: Queue) -> None:
+    """The last look was half an hour ahead, and had started a grace period."""
+    store = queue.store(lease_s=SHORT_S)
+    _past_grace(store)
+    job = queue.submit()
+    queue.worker("dead", lease_s=SHORT_S).claim()
+    ahead_ms = store.now_ms() + 1_800_000
+    queue.admin.hset(keys.REAPER, mapping={"at_ms": ahead_ms, "grace_ms": ahead_ms + 100})
+    assert store.reap("janitor", quiet_s=NO_OUTAGE_S).grace_s <= SHORT_S
+    assert queue.reap(store) == {job: "requeued"}
+
+
+def test_a_clock_that_is_set_back_makes_no_lease_longer_than_ten(queue: Queue) -> None:
+    store = queue.store(lease_s=SHORT_S)
+    _past_grace(store)
+    lost, other = queue.submit_many(2)
+    dead = queue.worker("dead", lease_s=SHORT_S)
+    dead.claim_one()
+    queue.worker("living").claim_one()
+    ahead_ms = store.now_ms() + 1_800_000
+    queue.admin.zadd(keys.LEASES, {lost: ahead_ms + 100})
+    assert store.reap("janitor", quiet_s=NO_OUTAGE_S).jobs == {}
+    assert queue.admin.zscore(keys.LEASES, lost) == ahead_ms + 100  # it looks at them only if the clock was set back
+    queue.admin.hset(keys.REAPER, "at_ms", ahead_ms)
+    store.reap("janitor", quiet_s=NO_OUTAGE_S)
+    latest_ms = store.now_ms() + 10 * SHORT_S * 1000
+    assert max(queue.admin.zscore(keys.LEASES, job) for job in (lost, other)) <= latest_ms
+    wait_until(lambda: lost in store.reap("janitor", quiet_s=NO_OUTAGE_S).jobs, what="the dead worker's job")
+
+
 def test_nothing_expires_for_one_lease_after_nobody_looked_for_a_while(queue: Queue) -> None:
     store = queue.store(lease_s=SHORT_S)
     _past_grace(store)

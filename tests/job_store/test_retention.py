@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from broker_config import keys
-from broker_config.errors import (
-    BlobMissing,
-)
+from broker_config.claims import Claim, Outcome
+from broker_config.errors import BlobMissing, JobConflict
+from broker_config.job_list import JobList
 from broker_config.job_status import JobStatus
 from broker_config.messages import DecodeRequest
 from tests.support.broker_contents import assert_same, everything
 from tests.support.store_queue import Queue, end, names
+from tests.support.store_worker import StoreWorker
 from tests.support.wait import wait_until
 
 # Retention and ownership ---------------------------------------------------------------------------------------
@@ -91,6 +93,57 @@ def test_what_is_due_is_retired_and_only_a_tombstone_is_left(queue: Queue) -> No
     for kind in ("finished", "failed", "canceled"):
         assert queue.admin.zscore(keys.rq_registry(kind, keys.queue_name("sd", "normal")), due) is None
     assert queue.state(kept) is JobStatus.SUCCEEDED
+
+
+def _succeed(worker: StoreWorker, claim: Claim) -> None:
+    worker.succeed(claim)
+
+
+def _fail(worker: StoreWorker, claim: Claim) -> None:
+    worker.fail(claim)
+
+
+def _cancel_on_the_device(worker: StoreWorker, claim: Claim) -> None:
+    worker.renew(claim, stage="device", done=3, total=9)
+    worker.store.cancel(claim.job_id)
+    worker.store.cancel(claim.job_id, execution=claim.execution)
+
+
+@pytest.mark.parametrize("how", [_succeed, _fail, _cancel_on_the_device])
+def test_a_tombstone_says_all_that_was_said_but_for_request_and_result(
+    queue: Queue, how: Callable[[StoreWorker, Claim], None]
+) -> None:
+    request = queue.request(metadata={"prompt": "a word " * 100})
+    queue.store().submit(request)
+    worker = queue.worker("worker-of-a-host-with-a-name-3141592-a1b2c3")
+    claim = worker.claim_one()
+    how(worker, claim)
+    told, (row,) = queue.store().snapshot(claim.job_id), JobList(queue.connections).rows([claim.job_id])
+    assert queue.store().retire(claim.job_id) == 1
+    assert queue.store().snapshot(claim.job_id) == replace(told, status=JobStatus.EXPIRED, request=None, result=None)
+    (left,) = JobList(queue.connections).rows([claim.job_id])
+    assert left == replace(row, status=JobStatus.EXPIRED, request=None, age_s=left.age_s)
+    assert queue.store().admit(request, in_broker=True) is False
+    with pytest.raises(JobConflict):
+        queue.store().admit(replace(request, height=128), in_broker=True)
+
+
+def test_a_late_word_of_a_finished_attempt_is_known_by_the_tombstone(queue: Queue) -> None:
+    queue.submit()
+    worker = queue.worker()
+    claim = worker.claim_one()
+    assert worker.succeed(claim) is Outcome.COMPLETED
+    queue.store().retire(claim.job_id)
+    assert worker.succeed(claim) is Outcome.ALREADY
+
+
+def test_a_tombstone_takes_a_few_hundred_bytes(queue: Queue) -> None:
+    """It stays for a week, of each job: as a hash table it would be three times as large."""
+    job = queue.submit(metadata={"prompt": "a word " * 100})
+    end(queue, job)
+    queue.store().retire(job)
+    assert queue.admin.object("encoding", keys.job(job)) == b"listpack"
+    assert queue.admin.memory_usage(keys.job(job)) < 640
 
 
 def test_a_job_past_its_retention_says_expired_before_anyone_came_by(queue: Queue) -> None:

@@ -16,8 +16,10 @@ import redis
 from broker_config import keys
 from broker_config.broker_facts import read_broker_facts
 from broker_config.connection import Connections
+from broker_config.receiver_url import ReceiverUrl
 from broker_config.settings import Settings
 from broker_config.tiered_blob_store import TieredBlobStore
+from broker_config.webhook_deliveries import WebhookDeliveries
 from producer.doctor import Finding, Level, diagnose, observe
 from producer.doctor.broker_checks import admission, blob_store, clock, disk, latency, version, writes
 from producer.doctor.finding import Observations
@@ -117,6 +119,7 @@ def test_a_broker_that_does_not_answer_is_a_problem(cli: Run, monkeypatch: pytes
     assert result.exit_code == 1
     assert [(item["check"], item["level"]) for item in parsed(result)] == [("catalogue", "ok"), ("broker", "problem")]
     assert "does not answer" in parsed(result)[1]["finding"]
+    assert "disk" in parsed(result)[1]["fix"]  # with `appendfsync always` a full one ends it
 
 
 def test_a_catalogue_that_does_not_load_is_named(settings: Settings, tmp_path: Path) -> None:
@@ -237,6 +240,39 @@ def test_a_queue_that_is_nearly_full_is_a_warning_and_a_full_one_a_problem(
         totals=dataclasses.replace(seen.totals, jobs=jobs),
     )
     assert admission(narrow).level is level
+    assert level is Level.OK or "LATENTQ_TOMBSTONE_S" in (admission(narrow).fix or "")
+
+
+@pytest.mark.parametrize(
+    ("pending", "reserved", "level"), [(4, 3, Level.OK), (4, 4, Level.WARNING), (0, 10, Level.PROBLEM)]
+)
+def test_webhooks_that_fill_the_outbox_close_admission_to_jobs_with_one(
+    seen: Observations, pending: int, reserved: int, level: Level
+) -> None:
+    narrow = dataclasses.replace(
+        seen,
+        settings=seen.settings.model_copy(update={"webhook_max_pending": 10}),
+        webhooks=dataclasses.replace(seen.webhooks, pending=pending, reserved=reserved),
+    )
+    found = admission(narrow)
+    assert found.level is level
+    assert "of LATENTQ_WEBHOOK_MAX_PENDING" in found.finding
+    assert ("submits with a webhook are refused" in found.finding) == (level is Level.PROBLEM)
+
+
+@pytest.mark.parametrize(("waiting", "level"), [(7, Level.OK), (8, Level.WARNING), (10, Level.PROBLEM)])
+def test_a_receiver_for_which_a_quarter_of_the_webhooks_wait_is_named(
+    connections: Connections, settings: Settings, waiting: int, level: Level
+) -> None:
+    narrow = settings.model_copy(update={"webhook_max_pending": 40})
+    signer, deliveries = "default", WebhookDeliveries(connections, narrow)
+    for _ in range(waiting):
+        deliveries.ping(ReceiverUrl.parse("https://hooks.example/a"), signer=signer)
+    deliveries.ping(ReceiverUrl.parse("https://other.example/a"), signer=signer)
+    found = admission(observe(connections, narrow, long_wait_s=600, max_keys=1000))
+    assert found.level is level
+    assert ("https://hooks.example" in found.finding) == (level is not Level.OK)
+    assert "other" not in found.finding
 
 
 def test_admission_counts_stored_and_expected_bytes_against_the_watermark(seen: Observations) -> None:

@@ -124,6 +124,12 @@ def test_the_worker_gets_longer_to_stop_than_it_takes(compose: dict[str, Any]) -
     assert all(seconds(service["stop_grace_period"]) > grace_s for service in workers)
 
 
+def test_no_log_grows_without_bound(compose: dict[str, Any]) -> None:
+    """Docker's json-file rotates nothing unless it is told to."""
+    for name, service in compose["services"].items():
+        assert service["logging"] == {"driver": "json-file", "options": {"max-size": "50m", "max-file": "5"}}, name
+
+
 def test_everything_waits_for_a_healthy_broker_and_runs_under_an_init(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
         if name != "broker":

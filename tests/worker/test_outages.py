@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from broker_config import keys
 from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import BlobStoreUnavailable
+from broker_config.exit_status import EXIT_AWAY, EXIT_UNUSABLE
 from broker_config.settings import Settings
 from producer import DecodeClient, JobHandle, JobStatus
 from producer.supervisor import Supervisor
@@ -26,7 +27,6 @@ from tests.support.processes import ROOT, environment_of
 from tests.support.thread_worker import ThreadWorker
 from tests.support.wait import wait_until
 from worker import finish_stage, stages
-from worker.__main__ import EXIT_AWAY
 
 #: Longest time of a stage here, and pauses between tries that are short beside it.
 LIMIT_S = 2.0
@@ -193,6 +193,37 @@ def test_a_worker_that_finds_no_broker_ends_as_one_that_is_worth_starting_again(
     ended = subprocess.run(command, env=environment_of(nowhere), cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == EXIT_AWAY == os.EX_TEMPFAIL
     assert "[broker_unreachable]" in ended.stderr
+
+
+def run_to_its_end(settings: Settings, module: str, **changed: str) -> subprocess.CompletedProcess[str]:
+    """A service that does not start."""
+    environment = environment_of(settings) | changed
+    command = [sys.executable, "-m", module]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("module", ["worker.janitor", "worker.courier", "producer.gateway"])
+def test_a_service_whose_broker_does_not_run_yet_ends_as_one_that_is_worth_starting_again(
+    module: str, settings: Settings, tmp_path: Path
+) -> None:
+    """Or `latentq up` would take it for one that cannot work, and end everything with it."""
+    links = {"LATENTQ_PUBLIC_URL": "https://example.org", "LATENTQ_LINK_KEY": "5" * 64}
+    ended = run_to_its_end(settings, module, LATENTQ_REDIS_URL="", LATENTQ_DATA_DIR=str(tmp_path), **links)
+    assert ended.returncode == EXIT_AWAY, ended.stderr
+    assert "[broker_not_running]" in ended.stderr
+
+
+def test_a_gateway_that_finds_no_broker_ends_as_one_that_is_worth_starting_again(nowhere: Settings) -> None:
+    """It looks for keys before it listens."""
+    ended = run_to_its_end(nowhere, "producer.gateway", LATENTQ_GATEWAY_AUTH="required")
+    assert ended.returncode == EXIT_AWAY, ended.stderr
+    assert "[broker_unreachable]" in ended.stderr
+
+
+def test_a_service_that_cannot_work_as_configured_ends_for_good(settings: Settings) -> None:
+    ended = run_to_its_end(settings, "worker.courier")
+    assert ended.returncode == EXIT_UNUSABLE, ended.stderr
+    assert "LATENTQ_LINK_KEY" in ended.stderr
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from broker_config.connection import connect
 from broker_config.errors import ConfigurationError, LatentqError
+from broker_config.exit_status import exit_status
 from broker_config.job_store import JobStore
 from broker_config.logs import configure_logging
 from broker_config.settings import Settings, load_settings
@@ -54,7 +55,7 @@ async def run_courier(settings: Settings, own: CourierSettings, *, stop: asyncio
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a courier; returns its exit status: 0 stopped, 2 not startable."""
+    """Runs a courier; returns its exit status: 0 stopped, 2 not startable, 75 the broker is away."""
     parser = argparse.ArgumentParser(prog="latentq courier", description="Delivers webhooks until stopped.")
     parser.add_argument("--name", help="unique name; default: host, pid and a random part")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asyncio.run(run_courier(settings, load_courier_settings(name=arguments.name)))
     except LatentqError as error:
         print(f"latentq courier: {error.message} [{error.code}]", file=sys.stderr)
-        return 2
+        return exit_status(error)
     return 0
 
 
