@@ -59,4 +59,5 @@ class Sessions:
 
 def _digest(token: str) -> str:
     # The token is the key's name in the broker, so whoever reads the broker's keys must not get it.
-    return hashlib.sha256(token.encode()).hexdigest()
+    # A cookie is whatever a client sends: a byte that is no UTF-8 comes as half a character.
+    return hashlib.sha256(token.encode(errors="replace")).hexdigest()

@@ -183,6 +183,18 @@ def test_logging_in_takes_a_key(guarded: RunningGateway) -> None:
         assert problem(guarded.post("/session", data=body))[0] in (400, 401)
 
 
+def test_a_cookie_or_a_token_of_any_bytes_is_none_of_ours(
+    guarded: RunningGateway, gateway: RunningGateway, new_key: Callable[..., str]
+) -> None:
+    odd = {"Cookie": b"latentq_session=\xff\xfe"}
+    assert problem(guarded.get("/v1/decodes", headers=odd)) == (401, "not_authenticated")
+    assert gateway.get("/v1/decodes", headers=odd).status_code == 200
+    assert gateway.ask("DELETE", "/session", headers=odd).status_code == 204
+    browser, _ = log_in(guarded, new_key("submit", "read"))
+    odd_token: dict[str, str | bytes] = {"X-CSRF-Token": b"\xff"}
+    assert problem(browser.post(f"{guarded.url}/v1/decodes/cat/cancel", headers=odd_token)) == (403, "not_allowed")
+
+
 @pytest.mark.parametrize(
     ("public_url", "needs_key"),
     [("https://gateway.example", True), ("http://127.0.0.1:8765", False), ("http://localhost:8765/", False)],

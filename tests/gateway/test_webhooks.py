@@ -259,6 +259,16 @@ def test_a_ping_goes_where_a_webhook_may_go_and_counts_as_a_submit(
 # Secrets ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_secret_may_stay_for_a_year(gateway: RunningGateway) -> None:
+    for _ in range(2):
+        answer = gateway.post("/v1/webhook-secrets", json={"secret": new_secret(), "overlap_s": 31_536_000})
+        assert answer.status_code == 201, answer.text
+    newer, older = gateway.get("/v1/webhook-secrets").json()["secrets"]
+    assert (newer["valid_until"], older["valid_until"] is None) == (None, False)
+    schema = document()["paths"]["/v1/webhook-secrets"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["properties"]["overlap_s"]["maximum"] == 31_536_000
+
+
 def test_a_secret_goes_in_and_never_comes_out(
     guarded: RunningGateway, new_key: Callable[..., str], broker_url: str, admin: redis.Redis
 ) -> None:
@@ -288,6 +298,9 @@ def test_a_secret_goes_in_and_never_comes_out(
         ({"secret": "hunter2-hunter2"}, (422, "invalid_option")),
         ({"secret": SECRET, "overlap_s": -1}, (422, "invalid_option")),
         ({"secret": SECRET, "overlap_s": "soon"}, (422, "invalid_option")),
+        ({"secret": SECRET, "overlap_s": 31_536_001}, (422, "invalid_option")),
+        ({"secret": SECRET, "overlap_s": 1e308}, (422, "invalid_option")),
+        ({"secret": SECRET, "overlap_s": 10**400}, (422, "invalid_option")),
         ({"secret": 7}, (400, "bad_request")),
         ({}, (400, "bad_request")),
     ],
