@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from aiohttp import BodyPartReader, web
 from broker_config.errors import (
     BadRequest,
     BodyTooLarge,
+    InternalError,
     InvalidOption,
     JobNotFinished,
     LatentqError,
@@ -32,6 +34,9 @@ from producer.gateway.schemas import Batch, BatchItem, JobPage
 from producer.gateway.streams import json_response
 from producer.gateway.submit_bodies import MULTIPART, Parts, SubmitBody, most_bytes
 from producer.gateway.uploads import length_of, small_json
+from producer.submission import new_job_id
+
+logger = logging.getLogger(__name__)
 
 #: When it is worth looking again at a job that has not ended.
 _LOOK_AGAIN: Final = "1"
@@ -115,7 +120,10 @@ async def list_jobs(request: web.Request) -> web.StreamResponse:
 
 
 async def create_batch(request: web.Request) -> web.StreamResponse:
-    """`POST /v1/decodes/batch`: several jobs in one multipart body; each is accepted or refused by itself."""
+    """`POST /v1/decodes/batch`: several jobs in one multipart body; each is accepted or refused by itself.
+
+    A body that breaks off is refused, with what became of the jobs before in `items`.
+    """
     gateway, identity = jobs.context(request)
     identity.require(Scope.SUBMIT)
     only(request.query)
@@ -132,14 +140,18 @@ async def create_batch(request: web.Request) -> web.StreamResponse:
             raise BadRequest("the first part of a batch is `jobs`: a JSON list of options, one object for each job")
         if len(forms) > gateway.own.max_batch_jobs:
             raise BodyTooLarge(f"the batch has {len(forms)} jobs, at most {gateway.own.max_batch_jobs} are taken")
-        for form in forms:
-            part = await parts.next()
-            if part is None:
-                raise BadRequest(f"the batch has {len(forms)} jobs and latents for {len(items)} of them")
-            items.append(await _batch_item(request, parts, part, form))
-            await parts.skip(part)
-        if await parts.next() is not None:
-            raise BadRequest(f"the batch has more parts than the {len(forms)} jobs need")
+        try:
+            for form in forms:
+                part = await parts.next()
+                if part is None:
+                    raise BadRequest(f"the batch has {len(forms)} jobs and latents for {len(items)} of them")
+                items.append(await _batch_item(request, parts, part, form))
+                await parts.skip(part)
+            if await parts.next() is not None:
+                raise BadRequest(f"the batch has more parts than the {len(forms)} jobs need")
+        except (BadRequest, UploadTooSlow) as error:  # nothing after this can be read; what was accepted stays so
+            error.more = {"items": [item.model_dump(mode="json") for item in items]}
+            raise
     return json_response(Batch(items=items), status=200)
 
 
@@ -188,8 +200,10 @@ async def _submit(request: web.Request, gateway: Gateway, identity: Identity, *,
 
 async def _batch_item(request: web.Request, parts: Parts, part: BodyPartReader, form: dict[str, Any]) -> BatchItem:
     gateway, identity = jobs.context(request)
+    name = None
     try:
         options = options_of_json(form, besides=("shape", "dtype"))
+        name = options["job_id"] = options.get("job_id") or new_job_id()
         read_latents = parts.latents(part, form)
         job, _ = await jobs.submit(gateway, identity, read_latents, options)
         (shown,) = await gateway.client.run(show_jobs, gateway.client.store, [job], identity)
@@ -197,7 +211,12 @@ async def _batch_item(request: web.Request, parts: Parts, part: BodyPartReader, 
     except (BadRequest, UploadTooSlow):  # nothing after this can be read
         raise
     except LatentqError as error:
-        return BatchItem(error=problem(as_told(error, identity), instance=request.path))
+        refusal = error
+    except Exception:  # the jobs before it were accepted, and must be told
+        logger.error("%s broke at a job", request.path, exc_info=True, extra={"action": "request_broke"})
+        refusal = InternalError()
+    refusal.job_id = refusal.job_id or name
+    return BatchItem(error=problem(as_told(refusal, identity), instance=request.path))
 
 
 async def _answer(
