@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 #: When it is worth looking again at a job that has not ended.
 _LOOK_AGAIN: Final = "1"
 _PREFER_WAIT = re.compile(r"(?:^|[,;\s])wait\s*(?:=\s*\"?(\d{1,6})\"?)?(?=$|[,;\s])", re.IGNORECASE)
+#: Within this a wait ends whose client went away.
+_NOTICED_S: Final = 1.0
 MOST_JOBS: Final = 200
 _PAGE_JOBS: Final = 50
 
@@ -64,7 +66,7 @@ async def show(request: web.Request) -> web.StreamResponse:
     job = await jobs.find(gateway, identity, request.match_info["id"])
     if "wait" in request.query and not job.status.is_terminal:
         asked = read("wait", request.query["wait"], seconds, "seconds")
-        job = await waited(gateway, job, asked)
+        job = await waited(request, job, asked)
     return await _answer(gateway, identity, job, status=200)
 
 
@@ -155,13 +157,16 @@ async def create_batch(request: web.Request) -> web.StreamResponse:
     return json_response(Batch(items=items), status=200)
 
 
-async def waited(gateway: Gateway, job: JobSnapshot, asked_s: float) -> JobSnapshot:
-    """The job once it ended, or after `asked_s` or the longest wait there is, or when the gateway stops."""
+async def waited(request: web.Request, job: JobSnapshot, asked_s: float) -> JobSnapshot:
+    """The job once it ended, or after `asked_s` or the longest wait there is, or when gateway or client goes."""
+    gateway, _ = jobs.context(request)
     handle = gateway.client.job(job.job_id)
     ended = asyncio.create_task(handle.wait(timeout=min(asked_s, gateway.own.wait_s)), name="wait-for-job")
     stopped = asyncio.create_task(gateway.stopping.wait(), name="wait-for-stop")
     try:
-        await asyncio.wait((ended, stopped), return_when=asyncio.FIRST_COMPLETED)
+        # A connection that is gone makes room for the next one: a wait for it must not go on besides.
+        while request.transport is not None and not (ended.done() or stopped.done()):
+            await asyncio.wait((ended, stopped), timeout=_NOTICED_S, return_when=asyncio.FIRST_COMPLETED)
         return await ended if ended.done() else await handle.snapshot()
     except WaitTimeout:
         return await handle.snapshot()
@@ -193,7 +198,7 @@ async def _submit(request: web.Request, gateway: Gateway, identity: Identity, *,
     if wait_s is not None:
         applied["Preference-Applied"] = f"wait={min(wait_s, gateway.own.wait_s):g}"
         if not job.status.is_terminal:
-            job = await waited(gateway, job, wait_s)
+            job = await waited(request, job, wait_s)
     status = 200 if not new else 201 if wait_s is not None and job.status.is_terminal else 202
     return await _answer(gateway, identity, job, status=status, made=True, headers=applied)
 
