@@ -88,7 +88,7 @@ def read_picture(data: bytes, *, kind: str) -> TensorFile:
         pixels = np.empty((image.height, image.width, 3), np.uint8)
         for top in range(0, image.height, _STRIP_ROWS):
             strip = image.crop((0, top, image.width, min(top + _STRIP_ROWS, image.height)))
-            pixels[top : top + strip.height] = strip.convert("RGB")
+            pixels[top : top + strip.height] = np.asarray(strip.convert("RGB"))
     return TensorFile(dtype="uint8", shape=(1, *pixels.shape), raw=lambda: pixels.reshape(-1).data, name=NAME)
 
 
