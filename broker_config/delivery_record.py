@@ -66,7 +66,7 @@ class DeliveryPage:
     """Some deliveries."""
 
     deliveries: tuple[Delivery, ...]
-    #: Id after which the next page begins; None: there are no more.
+    #: Where the next page begins; None: there are no more.
     cursor: str | None
 
 

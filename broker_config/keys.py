@@ -38,6 +38,7 @@ Schema (`latentq:` is our prefix, `rq:` RQ's own, which `RQ_KEY_PREFIX` may chan
     latentq:pulse:<quarter>   hash    the same, of a quarter of a minute     1 h
     latentq:keys              hash    key id → name, digest, scopes, quotas  owned by `latentq keys`
     latentq:session:<digest>  string  a browser's session: key id, token     12 h
+    latentq:sessions:<key>    zset    digests of a key's sessions → ms       12 h from the last one's begin
     latentq:rate:<key>        string  when a key may ask again (GCRA), µs    until then
     latentq:spent:<token>     string  a submit that was let in by its rate   1 min
     latentq:quota:<key>:<day> set     ids a key submitted on a day (UTC)     2 days
@@ -185,6 +186,10 @@ def pulse(quarter: int) -> str:
 
 def session(digest: str) -> str:
     return f"{PREFIX}session:{digest}"
+
+
+def sessions(key_id: str) -> str:
+    return f"{PREFIX}sessions:{key_id}"
 
 
 def rate(key_id: str) -> str:

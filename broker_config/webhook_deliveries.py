@@ -5,7 +5,8 @@ Used by `latentq webhooks`, the gateway and the doctor. Nothing here has a secre
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal
 from uuid import uuid4
 
@@ -21,7 +22,7 @@ from broker_config.delivery_record import (
     delivery_of,
     key_of_delivery,
 )
-from broker_config.errors import DeliveryNotFound, QueueFull
+from broker_config.errors import DeliveryNotFound, InvalidOption, QueueFull
 from broker_config.receiver_url import ReceiverUrl
 from broker_config.scoped_ids import scoped
 from broker_config.scripts import source
@@ -30,6 +31,11 @@ from broker_config.webhooks import BRIEF_GIVE_UP_S, GIVE_UP_S, JOB_EVENTS
 
 __all__ = ["Delivery", "DeliveryPage", "DeliveryState", "WebhookCounts", "WebhookDeliveries", "delivery_id"]
 
+#: Where a listing goes on: a time of the list, ms, and how many entries of that time were passed. No id, since whoever
+#: asks may see only some; an entry of the very same millisecond that goes meanwhile shifts those behind it.
+Place = tuple[int, int]
+
+_CURSOR = re.compile(r"(\d{1,15})-(\d{1,6})")
 #: Ids looked at in one round trip of a listing, and in all for one page: a filter that fits few must not read all.
 _CHUNK: Final = 200
 _LOOKED_AT: Final = 5000
@@ -81,26 +87,22 @@ class WebhookDeliveries:
             limit: how many.
             after: `cursor` of the page before.
             key_id: only of jobs that came in with this gateway's key; None: of all.
+
+        Raises:
+            InvalidOption: `after` is no cursor.
         """
-        name, newest_first = (keys.DEAD_LETTERS, True) if which == "dead" else (keys.OUTBOX, False)
-        client = self._connections.commands
-        start = 0
-        if after is not None:
-            with broker_errors(self._connections.url):
-                rank: Any = client.zrevrank(name, after) if newest_first else client.zrank(name, after)
-            start = 0 if rank is None else int(rank) + 1
-        found: list[Delivery] = []
-        for first in range(start, start + _LOOKED_AT, _CHUNK):
-            with broker_errors(self._connections.url):
-                raw: Any = client.zrange(name, first, first + _CHUNK - 1, desc=newest_first)
-            ids = [text(item) for item in raw]
-            wanted = [item for item in ids if key_id is None or key_of_delivery(item) == key_id]
-            found += self._read(wanted)
+        place = None if after is None else _place(after)
+        found: list[tuple[Delivery, Place]] = []
+        for _ in range(_LOOKED_AT // _CHUNK):
+            entries = self._entries(which, after=place)
+            wanted = {item: at for item, at in entries if key_id is None or key_of_delivery(item) == key_id}
+            found += [(delivery, wanted[delivery.id]) for delivery in self._read(wanted)]
             if len(found) > limit:
-                return DeliveryPage(deliveries=tuple(found[:limit]), cursor=found[limit - 1].id)
-            if len(ids) < _CHUNK:
-                return DeliveryPage(deliveries=tuple(found), cursor=None)
-        return DeliveryPage(deliveries=tuple(found), cursor=ids[-1])
+                return _page(found[:limit], until=found[limit - 1][1])
+            if len(entries) < _CHUNK:
+                return _page(found, until=None)
+            place = entries[-1][1]
+        return _page(found, until=place)
 
     def stopped(self) -> dict[str, int]:
         """Endpoints that answered 410, with when (ms), the last one first. Nothing is sent there."""
@@ -203,6 +205,22 @@ class WebhookDeliveries:
             answer: Any = self._connections.commands.register_script(source(name))(args=args)
         return answer.decode() if isinstance(answer, bytes) else str(answer)
 
+    def _entries(self, which: Literal["dead", "pending"], *, after: Place | None) -> list[tuple[str, Place]]:
+        """The next ids of a listing, and the place of each."""
+        score, passed = after or (None, 0)
+        name, first, last = (keys.DEAD_LETTERS, "+inf", "-inf") if which == "dead" else (keys.OUTBOX, "-inf", "+inf")
+        with broker_errors(self._connections.url):
+            raw: Any = self._connections.commands.zrange(
+                name, first if score is None else score, last, desc=which == "dead", byscore=True, offset=passed,
+                num=_CHUNK, withscores=True,
+            )  # fmt: skip
+        entries = []
+        for item, at in raw:
+            passed = passed + 1 if int(at) == score else 1
+            score = int(at)
+            entries.append((text(item), (score, passed)))
+        return entries
+
     def _read(self, ids: Iterable[str]) -> list[Delivery]:
         """Those of these deliveries that are kept."""
         asked = list(ids)
@@ -217,3 +235,15 @@ class WebhookDeliveries:
             for item, fields in zip(asked, raw, strict=True)
             if b"state" in fields
         ]
+
+
+def _page(found: Sequence[tuple[Delivery, Place]], *, until: Place | None) -> DeliveryPage:
+    cursor = None if until is None else f"{until[0]}-{until[1]}"
+    return DeliveryPage(deliveries=tuple(delivery for delivery, _ in found), cursor=cursor)
+
+
+def _place(cursor: str) -> Place:
+    match = _CURSOR.fullmatch(cursor)
+    if match is None:
+        raise InvalidOption("cursor is none that a page had: leave it out to begin anew", field="cursor")
+    return int(match[1]), int(match[2])

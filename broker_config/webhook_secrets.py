@@ -36,6 +36,8 @@ DEFAULT_OWNER: Final = "default"
 UNUSED_S: Final = 400 * 86_400.0
 #: How long the old secret goes on signing beside a new one, unless told otherwise.
 OVERLAP_S: Final = 86_400.0
+#: The longest it may: a year. A set that nobody uses is gone soon after.
+LONGEST_OVERLAP_S: Final = 365 * 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,9 +113,14 @@ class WebhookSecrets:
         """Adds a secret; those that were there go on signing for `overlap_s`.
 
         Raises:
-            InvalidOption: it is none, or the set is full.
+            InvalidOption: it is none, the set is full, or `overlap_s` is not from 0 to `LONGEST_OVERLAP_S`.
         """
         read_secrets(secret)
+        if not 0 <= overlap_s <= LONGEST_OVERLAP_S:
+            raise InvalidOption(
+                f"overlap_s is {overlap_s:g}, expected seconds from 0 to {LONGEST_OVERLAP_S:.0f}, a year",
+                field="overlap_s",
+            )
         name, client = keys.webhook_secret(owner), self._connections.commands
         now_ms = self._now_ms()
         valid = self.of(owner)

@@ -26,8 +26,11 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 #: Messages have less than 20 kB.
 MAX_BYTES = 64 * 1024
-#: Before what could not be fetched is tried again, in seconds.
+#: Before what went wrong is tried again, in seconds: at first, doubled each time, and at most.
 PAUSE_S = 1.0
+LONGEST_PAUSE_S = 300.0
+#: Answers of a link that will never open again.
+GONE = (403, 404, 410)
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -61,18 +64,20 @@ class Receiver:
         folder.mkdir(parents=True, exist_ok=True)
         self._inbox = Inbox(folder / "inbox.sqlite")
         self._bell = asyncio.Event()
+        #: Messages that went wrong: when each is tried again, by the loop's clock, and the pause before that.
+        self._later: dict[str, tuple[float, float]] = {}
 
     async def receive(self, request: web.Request) -> web.Response:
         """`POST /`. What is not signed with our secret, or is older than five minutes, is refused."""
-        body = await request.text()
+        body = await request.read()
         if not any(self._verifies(verifier, body, request) for verifier in self._verifiers):
             raise web.HTTPUnauthorized
-        if self._inbox.take(request.headers["webhook-id"], body):
+        if self._inbox.take(request.headers["webhook-id"], body.decode()):
             self._bell.set()
         return web.Response(status=204)
 
     @staticmethod
-    def _verifies(verifier: Webhook, body: str, request: web.Request) -> bool:
+    def _verifies(verifier: Webhook, body: bytes, request: web.Request) -> bool:
         try:
             verifier.verify(body, dict(request.headers))
         except (WebhookVerificationError, ValueError):
@@ -81,19 +86,29 @@ class Receiver:
 
     async def work(self) -> None:
         """Does what is left to do, forever."""
+        now = asyncio.get_running_loop().time
         async with aiohttp.ClientSession() as session:
             while True:
                 self._bell.clear()
-                failed = False
                 for message_id, text in self._inbox.open_messages():
-                    try:
-                        await self._handle(session, json.loads(text))
-                        self._inbox.finish(message_id)
-                    except (aiohttp.ClientError, TimeoutError) as error:
-                        print(f"{message_id}: {error!r}, trying again", flush=True)
-                        failed = True
+                    if message_id not in self._later or self._later[message_id][0] <= now():
+                        await self._try(session, message_id, text)
+                next_at = min((at for at, _ in self._later.values()), default=None)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._bell.wait(), PAUSE_S if failed else None)
+                    await asyncio.wait_for(self._bell.wait(), None if next_at is None else max(0.0, next_at - now()))
+
+    async def _try(self, session: aiohttp.ClientSession, message_id: str, text: str) -> None:
+        """Does what a message asks for; whatever goes wrong with it must not end the work on the others."""
+        try:
+            await self._handle(session, json.loads(text))
+            self._inbox.finish(message_id)
+            self._later.pop(message_id, None)
+        except Exception as error:
+            pause_s = min(LONGEST_PAUSE_S, 2 * self._later[message_id][1]) if message_id in self._later else PAUSE_S
+            self._later[message_id] = (asyncio.get_running_loop().time() + pause_s, pause_s)
+            # The words of what went wrong with a link have the link, which opens the output for whoever reads them.
+            words = type(error).__name__ if isinstance(error, aiohttp.ClientError) else repr(error)
+            print(f"{message_id}: {words}, trying again in {pause_s:g} s", flush=True)
 
     async def _handle(self, session: aiohttp.ClientSession, message: dict[str, Any]) -> None:
         """What to do about a message. Doing it twice must be harmless: we may stop between this and `finish`."""
@@ -111,6 +126,9 @@ class Receiver:
             data = base64.b64decode(output["inline"])
         else:  # a link that needs no key
             async with session.get(output["url"]) as answer:
+                if answer.status in GONE:
+                    print(f"output {number} of {job} is gone: status {answer.status}", flush=True)
+                    return
                 answer.raise_for_status()
                 data = await answer.read()
         part = path.with_suffix(".part")

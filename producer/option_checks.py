@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final, TypeVar
@@ -12,6 +11,7 @@ from broker_config.blob_store import LARGEST_BYTES
 from broker_config.errors import InvalidOption, InvalidSize, PixelLimitExceeded
 from broker_config.keys import Priority
 from broker_config.latent_geometry import Geometry, LatentLayout, LatentState
+from broker_config.latent_geometry.facts import finite
 from broker_config.messages import Mode, Output, check_job_id
 from broker_config.settings import Settings
 from broker_config.vae_catalog import VaeEntry
@@ -304,8 +304,7 @@ def _fps(value: object, entry: VaeEntry) -> float:
 def _factor(name: str, value: object) -> float | None:
     if value is None:
         return None
-    wrong = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-    if wrong or (name == "scaling_factor" and value == 0):
+    number = finite(name, value)
+    if name == "scaling_factor" and number == 0:
         raise InvalidOption(f"{name} is {value!r}, expected a finite number", field=name)
-    assert isinstance(value, int | float)
-    return float(value)
+    return number

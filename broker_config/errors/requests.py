@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 from broker_config.errors.base import LatentqError
 
 
 class RequestError(LatentqError, code="request_error"):
     """The gateway refused the request."""
+
+    #: What the answer says besides, by name.
+    more: Mapping[str, Any] = MappingProxyType({})
 
 
 class BadRequest(RequestError, code="bad_request"):

@@ -8,8 +8,8 @@ again, since whoever can write to the broker can write a message.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,6 +18,8 @@ from broker_config.errors import InvalidOption
 
 #: Patches, layers and groups of frames beyond this are no pipeline's; a bound keeps arithmetic on them harmless.
 _LARGEST_COUNT: Final = 4096
+#: A whole number of JSON may be beyond it, which `float` and `math.isfinite` raise of.
+_LARGEST_NUMBER: Final = sys.float_info.max
 #: torch.Generator.manual_seed takes 64 bits.
 _LARGEST_SEED: Final = 2**64 - 1
 
@@ -78,6 +80,17 @@ def checked_facts(values: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
+def finite(name: str, value: object) -> float:
+    """`value`, if it is a number that a float holds.
+
+    Raises:
+        InvalidOption: it is something else, too large, or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST_NUMBER:
+        raise InvalidOption(f"{name} is {value!r:.90}, expected a finite number", field=name)
+    return float(value)
+
+
 def _count(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_COUNT:
         raise InvalidOption(f"{name} is {value!r}, expected a whole number from 1 to {_LARGEST_COUNT}", field=name)
@@ -91,23 +104,17 @@ def _count_or_none(name: str, value: object) -> int:
 
 
 def _positive(name: str, value: object) -> float:
-    number = _number(name, value)
+    number = finite(name, value)
     if number <= 0:
         raise InvalidOption(f"{name} is {value!r}, expected a number above 0", field=name)
     return number
 
 
 def _share(name: str, value: object) -> float:
-    number = _number(name, value)
+    number = finite(name, value)
     if not 0 <= number <= 1:
         raise InvalidOption(f"{name} is {value!r}, expected a number from 0 to 1", field=name)
     return number
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidOption(f"{name} is {value!r}, expected a finite number", field=name)
-    return float(value)
 
 
 def _seed(name: str, value: object) -> int:

@@ -280,9 +280,9 @@ local function revive(rec)
   call('RPOP', P .. 'attempts:' .. rec.id)
 end
 
--- The ids that a gateway's key submitted today (UTC).
-local function quota_of(key)
-  return P .. 'quota:' .. key .. ':' .. int(math.floor(call('TIME')[1] / 86400))
+-- The ids that a gateway's key submitted today (UTC), or `ago` days before.
+local function quota_of(key, ago)
+  return P .. 'quota:' .. key .. ':' .. int(math.floor(call('TIME')[1] / 86400) - (ago or 0))
 end
 
 -- Whether the day has room for the job. One that is there, or counted, needs none.

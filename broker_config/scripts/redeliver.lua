@@ -9,7 +9,7 @@ if not known[1] then return 'unknown' end
 if known[1] == 'pending' or known[1] == 'sending' then return 'pending' end
 if call('ZCARD', OUTBOX) >= most then return 'full' end
 call('ZREM', DEAD, id)
-call('HSET', key, 'state', 'pending', 'tries', '0', 'due_ms', int(now), 'reason', '')
+call('HSET', key, 'state', 'pending', 'tries', '0', 'due_ms', int(now), 'ended_ms', '0', 'reason', '')
 call('PEXPIRE', key, int(lives_ms + dead_ms))
 if string.sub(known[3], 1, 4) == 'job:' then
   call('PEXPIRE', P .. 'webhook-secret:' .. known[3], int(lives_ms + dead_ms), 'GT')

@@ -1,2 +1,6 @@
--- Takes a job that was refused after all out of its key's count of the day. ARGV: key id, job id.
-if call('EXISTS', P .. 'job:' .. ARGV[2]) == 0 then call('SREM', quota_of(ARGV[1]), ARGV[2]) end
+-- Takes a job that was refused after all off its key's list, and out of its count of the day. ARGV: key id, job id.
+local id, job = ARGV[1], ARGV[2]
+if call('EXISTS', P .. 'job:' .. job) == 0 then
+  call('SREM', quota_of(id), job)
+  call('ZREM', P .. 'index:' .. id, job)
+end

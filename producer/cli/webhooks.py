@@ -15,7 +15,14 @@ from rich.table import Table
 from broker_config.settings import load_settings
 from broker_config.url_guard import UrlGuard
 from broker_config.webhook_deliveries import Delivery, DeliveryState, WebhookDeliveries
-from broker_config.webhook_secrets import OVERLAP_S, WebhookSecrets, new_secret, owner_of_key, read_secrets
+from broker_config.webhook_secrets import (
+    LONGEST_OVERLAP_S,
+    OVERLAP_S,
+    WebhookSecrets,
+    new_secret,
+    owner_of_key,
+    read_secrets,
+)
 from producer.cli.job_options import secret_in
 from producer.cli.tables import show as show_table
 from producer.client import DecodeClient
@@ -132,7 +139,12 @@ def add(
     key: OfKey = None,
     file: Annotated[Path | None, typer.Option(help="File with a secret of yours. Without: a new one.")] = None,
     overlap: Annotated[
-        float, typer.Option(min=0, help="How long older secrets go on signing beside it, seconds.")
+        float,
+        typer.Option(
+            min=0,
+            max=LONGEST_OVERLAP_S,
+            help="How long older secrets go on signing beside it: seconds, at most a year.",
+        ),
     ] = OVERLAP_S,
 ) -> None:
     """Add a secret, and end the older ones after a while; prints a new one once."""

@@ -89,7 +89,7 @@ async def identify(request: web.Request, gateway: Gateway) -> Identity:
     session = await gateway.client.run(gateway.sessions.find, cookie) if cookie else None
     if session is not None:
         if request.method not in _SAFE and not hmac.compare_digest(
-            request.headers.get(CSRF_HEADER, "").encode(), session.csrf.encode()
+            request.headers.get(CSRF_HEADER, "").encode(errors="replace"), session.csrf.encode()
         ):
             raise NotAllowed(f"a session must send its {CSRF_HEADER}, which GET /session says")
         return Identity(key=session.key, via="session", csrf=session.csrf)

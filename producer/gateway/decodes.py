@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from aiohttp import BodyPartReader, web
 from broker_config.errors import (
     BadRequest,
     BodyTooLarge,
+    InternalError,
     InvalidOption,
     JobNotFinished,
     LatentqError,
@@ -32,10 +34,15 @@ from producer.gateway.schemas import Batch, BatchItem, JobPage
 from producer.gateway.streams import json_response
 from producer.gateway.submit_bodies import MULTIPART, Parts, SubmitBody, most_bytes
 from producer.gateway.uploads import length_of, small_json
+from producer.submission import new_job_id
+
+logger = logging.getLogger(__name__)
 
 #: When it is worth looking again at a job that has not ended.
 _LOOK_AGAIN: Final = "1"
 _PREFER_WAIT = re.compile(r"(?:^|[,;\s])wait\s*(?:=\s*\"?(\d{1,6})\"?)?(?=$|[,;\s])", re.IGNORECASE)
+#: Within this a wait ends whose client went away.
+_NOTICED_S: Final = 1.0
 MOST_JOBS: Final = 200
 _PAGE_JOBS: Final = 50
 
@@ -59,7 +66,7 @@ async def show(request: web.Request) -> web.StreamResponse:
     job = await jobs.find(gateway, identity, request.match_info["id"])
     if "wait" in request.query and not job.status.is_terminal:
         asked = read("wait", request.query["wait"], seconds, "seconds")
-        job = await waited(gateway, job, asked)
+        job = await waited(request, job, asked)
     return await _answer(gateway, identity, job, status=200)
 
 
@@ -115,7 +122,10 @@ async def list_jobs(request: web.Request) -> web.StreamResponse:
 
 
 async def create_batch(request: web.Request) -> web.StreamResponse:
-    """`POST /v1/decodes/batch`: several jobs in one multipart body; each is accepted or refused by itself."""
+    """`POST /v1/decodes/batch`: several jobs in one multipart body; each is accepted or refused by itself.
+
+    A body that breaks off is refused, with what became of the jobs before in `items`.
+    """
     gateway, identity = jobs.context(request)
     identity.require(Scope.SUBMIT)
     only(request.query)
@@ -132,24 +142,31 @@ async def create_batch(request: web.Request) -> web.StreamResponse:
             raise BadRequest("the first part of a batch is `jobs`: a JSON list of options, one object for each job")
         if len(forms) > gateway.own.max_batch_jobs:
             raise BodyTooLarge(f"the batch has {len(forms)} jobs, at most {gateway.own.max_batch_jobs} are taken")
-        for form in forms:
-            part = await parts.next()
-            if part is None:
-                raise BadRequest(f"the batch has {len(forms)} jobs and latents for {len(items)} of them")
-            items.append(await _batch_item(request, parts, part, form))
-            await parts.skip(part)
-        if await parts.next() is not None:
-            raise BadRequest(f"the batch has more parts than the {len(forms)} jobs need")
+        try:
+            for form in forms:
+                part = await parts.next()
+                if part is None:
+                    raise BadRequest(f"the batch has {len(forms)} jobs and latents for {len(items)} of them")
+                items.append(await _batch_item(request, parts, part, form))
+                await parts.skip(part)
+            if await parts.next() is not None:
+                raise BadRequest(f"the batch has more parts than the {len(forms)} jobs need")
+        except (BadRequest, UploadTooSlow) as error:  # nothing after this can be read; what was accepted stays so
+            error.more = {"items": [item.model_dump(mode="json") for item in items]}
+            raise
     return json_response(Batch(items=items), status=200)
 
 
-async def waited(gateway: Gateway, job: JobSnapshot, asked_s: float) -> JobSnapshot:
-    """The job once it ended, or after `asked_s` or the longest wait there is, or when the gateway stops."""
+async def waited(request: web.Request, job: JobSnapshot, asked_s: float) -> JobSnapshot:
+    """The job once it ended, or after `asked_s` or the longest wait there is, or when gateway or client goes."""
+    gateway, _ = jobs.context(request)
     handle = gateway.client.job(job.job_id)
     ended = asyncio.create_task(handle.wait(timeout=min(asked_s, gateway.own.wait_s)), name="wait-for-job")
     stopped = asyncio.create_task(gateway.stopping.wait(), name="wait-for-stop")
     try:
-        await asyncio.wait((ended, stopped), return_when=asyncio.FIRST_COMPLETED)
+        # A connection that is gone makes room for the next one: a wait for it must not go on besides.
+        while request.transport is not None and not (ended.done() or stopped.done()):
+            await asyncio.wait((ended, stopped), timeout=_NOTICED_S, return_when=asyncio.FIRST_COMPLETED)
         return await ended if ended.done() else await handle.snapshot()
     except WaitTimeout:
         return await handle.snapshot()
@@ -181,15 +198,17 @@ async def _submit(request: web.Request, gateway: Gateway, identity: Identity, *,
     if wait_s is not None:
         applied["Preference-Applied"] = f"wait={min(wait_s, gateway.own.wait_s):g}"
         if not job.status.is_terminal:
-            job = await waited(gateway, job, wait_s)
+            job = await waited(request, job, wait_s)
     status = 200 if not new else 201 if wait_s is not None and job.status.is_terminal else 202
     return await _answer(gateway, identity, job, status=status, made=True, headers=applied)
 
 
 async def _batch_item(request: web.Request, parts: Parts, part: BodyPartReader, form: dict[str, Any]) -> BatchItem:
     gateway, identity = jobs.context(request)
+    name = None
     try:
         options = options_of_json(form, besides=("shape", "dtype"))
+        name = options["job_id"] = options.get("job_id") or new_job_id()
         read_latents = parts.latents(part, form)
         job, _ = await jobs.submit(gateway, identity, read_latents, options)
         (shown,) = await gateway.client.run(show_jobs, gateway.client.store, [job], identity)
@@ -197,7 +216,12 @@ async def _batch_item(request: web.Request, parts: Parts, part: BodyPartReader, 
     except (BadRequest, UploadTooSlow):  # nothing after this can be read
         raise
     except LatentqError as error:
-        return BatchItem(error=problem(as_told(error, identity), instance=request.path))
+        refusal = error
+    except Exception:  # the jobs before it were accepted, and must be told
+        logger.error("%s broke at a job", request.path, exc_info=True, extra={"action": "request_broke"})
+        refusal = InternalError()
+    refusal.job_id = refusal.job_id or name
+    return BatchItem(error=problem(as_told(refusal, identity), instance=request.path))
 
 
 async def _answer(

@@ -98,6 +98,8 @@ def problem(error: LatentqError, *, instance: str) -> dict[str, Any]:
     }
     if isinstance(error, errors.JobFailed):
         body["error_code"] = error.error_code
+    if isinstance(error, errors.RequestError):
+        body |= error.more
     # What cannot be written as UTF-8 came in as an escape in JSON, and goes out as one.
     body = {name: _printable(value) if isinstance(value, str) else value for name, value in body.items()}
     body["error"] = body["detail"]  # where the remote-VAE service had its message

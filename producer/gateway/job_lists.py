@@ -1,9 +1,9 @@
 """The jobs that one identity sees, newest first: a page of them, or the newest of some states. Asks the broker: call it
 in a thread.
 
-DESIGN. A key's own jobs are on a list of its own, in which an entry outlives its job's tombstone, and a refused submit
-leaves one as well. Such entries are passed over, and taken off the list by whoever comes by. However long the list is,
-one look at it reads a thousand entries at most, in five round trips.
+DESIGN. A key's own jobs are on a list of its own, in which an entry outlives its job's tombstone, and a submit that
+broke off may leave one as well. Such entries are passed over, and taken off the list by whoever comes by. However long
+the list is, one look at it reads a thousand entries at most, in five round trips.
 """
 
 from __future__ import annotations

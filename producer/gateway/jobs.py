@@ -106,8 +106,8 @@ async def _accepted(
     gateway: Gateway, identity: Identity, attempt: SubmitAttempt | RedecodeAttempt, run: Run
 ) -> tuple[JobSnapshot, bool]:
     client, key, job_id = gateway.client, identity.key, attempt.job_id
+    kept_s = gateway.settings.retention_s + gateway.settings.tombstone_s + _PENDING_S
     if key is not None:
-        kept_s = gateway.settings.retention_s + gateway.settings.tombstone_s + _PENDING_S
         await client.run(gateway.throttle.enter, key, job_id, kept_s=kept_s)
     try:
         new = await run(attempt.once)
@@ -118,6 +118,8 @@ async def _accepted(
             with contextlib.suppress(LatentqError):  # the refusal counts, not that it could not be taken back
                 await client.run(gateway.throttle.withdraw, key, job_id)
         raise
+    if key is not None and new:
+        await client.run(gateway.throttle.enter, key, job_id, kept_s=kept_s, accepted=True)
     return await client.job(job_id).snapshot(), new
 
 

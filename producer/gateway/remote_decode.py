@@ -106,7 +106,7 @@ async def answer(
 ) -> web.StreamResponse:
     """What a job has become, or where to wait on."""
     if not job.status.is_terminal:
-        job = await waited(gateway, job, gateway.own.wait_s)
+        job = await waited(request, job, gateway.own.wait_s)
     name = identity.shown(job.job_id)
     if not job.status.is_terminal:
         if hop >= _MOST_HOPS:

@@ -9,7 +9,6 @@ latents are the posterior's mean or a sample: they are the mean, with `seed` in 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -22,7 +21,7 @@ from broker_config.vae_catalog import VaeEntry
 from producer.gateway import jobs
 from producer.gateway.context import Gateway
 from producer.gateway.latents_input import Check, read_raw, shape_of
-from producer.gateway.picture_input import kind_of, peek_picture, read_picture
+from producer.gateway.picture_input import bytes_to_read, kind_of, peek_picture, read_picture
 from producer.gateway.query import options_of
 from producer.gateway.remote_decode import answer, at_the_door, factors_of, with_retention
 from producer.gateway.remote_replies import Reply
@@ -114,7 +113,7 @@ def _picture_reader(
         data = await gateway.client.transfer(joined, pieces)
         announced = await gateway.client.transfer(peek_picture, data, kind=kind)
         check(announced)
-        room(math.prod(announced.shape))
+        room(bytes_to_read(announced, kind=kind))
         return await gateway.client.transfer(read_picture, data, kind=kind)
 
     return read

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from broker_config.webhook_secrets import OVERLAP_S
+from broker_config.webhook_secrets import LONGEST_OVERLAP_S, OVERLAP_S
 from producer.gateway.submit_bodies import MULTIPART, RAW, SAFETENSORS
 
 #: Bytes.
@@ -75,5 +75,7 @@ BODIES: Final[Mapping[str, dict[str, Any]]] = {
     },
     "token": _json_body("token"),
     "ping": _json_body("url"),
-    "secret": _json_body("secret", overlap_s={"type": "number", "minimum": 0, "default": OVERLAP_S}),
+    "secret": _json_body(
+        "secret", overlap_s={"type": "number", "minimum": 0, "maximum": LONGEST_OVERLAP_S, "default": OVERLAP_S}
+    ),
 }

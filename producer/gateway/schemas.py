@@ -137,6 +137,9 @@ class Problem(Schema):
     retryable: bool
     field: str | None = None
     job_id: str | None = None
+    items: list[BatchItem] | None = Field(
+        default=None, description="Of a batch that broke off: what became of the jobs before."
+    )
     error: str
 
 

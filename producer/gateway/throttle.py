@@ -2,7 +2,8 @@
 
 DESIGN. The rate is charged for asking, the day for jobs: a replay of a job that is there, and a submit that is refused,
 cost nothing of it. So the day is charged when everything but the broker's own answer is known (`enter`), and given
-back when that is a refusal (`withdraw`). A job is charged by its id, so each call is safe to send again.
+back when that is a refusal (`withdraw`). A job is charged by its id, so each call is safe to send again; and since two
+submits may have one id, of which one is refused and the other accepted, what was accepted is entered once more.
 """
 
 from __future__ import annotations
@@ -47,16 +48,24 @@ class Throttle:
             )
         self._check_quota(key, answer)
 
-    def enter(self, key: ApiKey, job_id: str, *, kept_s: float) -> None:
+    def enter(self, key: ApiKey, job_id: str, *, kept_s: float, accepted: bool = False) -> None:
         """Puts a job on the list of `key`, which is kept for `kept_s`, and counts it among those of the day.
+
+        Args:
+            key: whose it is.
+            job_id: the job.
+            kept_s: how long the list is kept.
+            accepted: it is there by now, so it is entered whatever else is.
 
         Raises:
             QuotaExceeded: too many.
         """
-        self._check_quota(key, self._run("enter", key.id, job_id, self._per_day(key), round(kept_s * 1000)))
+        kept_ms = round(kept_s * 1000)
+        answer = self._run("enter", key.id, job_id, self._per_day(key), kept_ms, "1" if accepted else "")
+        self._check_quota(key, answer)
 
     def withdraw(self, key: ApiKey, job_id: str) -> None:
-        """Counts a job no longer that was refused."""
+        """Lists and counts a job no longer that was refused."""
         self._run("withdraw", key.id, job_id)
 
     def _run(self, name: str, *args: str | int) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import requests
 
+from producer.submit_attempt import SubmitAttempt
 from tests.gateway.conftest import latents, problem, safetensors
 from tests.gateway.test_limits import answer_of, connection
 from tests.support.gateways import RunningGateway
@@ -50,6 +51,75 @@ def test_a_refused_item_that_does_not_end_holds_no_room(gateways: Gateways) -> N
 def test_a_batch_that_breaks_off_in_a_refused_item(gateway: RunningGateway, end: bytes) -> None:
     answer = gateway.post("/v1/decodes/batch", data=begun(RAW_UNKNOWN) + end, headers=MULTIPART)
     assert problem(answer) == (400, "bad_request")
+
+
+@pytest.mark.parametrize("parts", [1, 3], ids=["too few", "too many"])
+def test_parts_that_do_not_fit_the_jobs_are_refused_with_what_was_accepted(gateway: RunningGateway, parts: int) -> None:
+    jobs = [{"vae": "sd", "job_id": "a"}, {"vae": "sd", "job_id": "b"}]
+    files = [("jobs", (None, json.dumps(jobs))), *(("latents", (str(n), safetensors())) for n in range(parts))]
+    answer = gateway.post("/v1/decodes/batch", files=files)
+    assert problem(answer) == (400, "bad_request")
+    accepted = [item["job"]["id"] for item in answer.json()["items"]]
+    assert accepted == ["a", "b"][:parts]
+    assert sorted(job["id"] for job in gateway.get("/v1/decodes").json()["jobs"]) == accepted
+
+
+def two_begun() -> bytes:
+    """A body with all of the first job, `first`, and the second, `second`, up to the midst of its latents."""
+    jobs = json.dumps([{"vae": "sd", "job_id": name} for name in ("first", "second")]).encode()
+    parts = ((b"jobs", jobs), (b"l", safetensors()), (b"l", safetensors()[:20]))
+    return b"".join(b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n' % part for part in parts)
+
+
+def test_a_batch_that_breaks_off_tells_what_was_accepted_before(gateway: RunningGateway) -> None:
+    answer = gateway.post("/v1/decodes/batch", data=two_begun(), headers=MULTIPART)
+    assert problem(answer) == (400, "bad_request")
+    (item,) = answer.json()["items"]
+    assert (item["job"]["id"], answer.json()["job_id"]) == ("first", "second")
+    assert gateway.get("/v1/decodes/first").json()["status"] == "queued"
+
+
+def test_a_batch_that_stops_tells_what_was_accepted_before(gateways: Gateways) -> None:
+    gateway = gateways(patience_s=2)
+    with connection(gateway) as opened:
+        opened.sendall(
+            f"POST /v1/decodes/batch HTTP/1.1\r\nHost: localhost\r\nContent-Type: {MULTIPART['Content-Type']}\r\n"
+            "Content-Length: 1000000\r\n\r\n".encode()
+        )
+        opened.sendall(two_begun())
+
+        def is_accepted() -> bool:
+            opened.sendall(b"more of the second")  # what has come is looked at when more comes
+            return gateway.get("/v1/decodes/first").ok
+
+        wait_until(is_accepted, what="the first job")
+        status, told = answer_of(opened)
+    assert (status, told["code"]) == (408, "upload_too_slow")
+    assert told["items"][0]["job"]["id"] == "first"
+
+
+def test_a_job_that_meets_an_error_of_ours_does_not_hide_the_others(
+    guarded: RunningGateway,
+    new_key: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    accept = SubmitAttempt.once
+
+    def once(attempt: SubmitAttempt) -> bool:
+        if attempt.job_id.endswith("_odd"):
+            raise ZeroDivisionError
+        return accept(attempt)
+
+    monkeypatch.setattr(SubmitAttempt, "once", once)
+    jobs = [{"vae": "sd", "job_id": name} for name in ("a", "odd", "b")]
+    answer = batch(guarded, *jobs, key=new_key("submit", "read"))
+    assert answer.status_code == 200, answer.text
+    first, odd, last = answer.json()["items"]
+    assert (first["job"]["id"], last["job"]["id"]) == ("a", "b")
+    assert (odd["error"]["code"], odd["error"]["job_id"]) == ("internal_error", "odd")
+    (record,) = [record for record in caplog.records if getattr(record, "action", "") == "request_broke"]
+    assert record.exc_info is not None
 
 
 def test_an_impossible_shape_is_refused_by_itself(gateway: RunningGateway) -> None:

@@ -17,6 +17,7 @@ from broker_config.settings import Settings, load_settings
 from broker_config.vae_catalog import VaeCatalog
 from producer.gateway.app import check_startable
 from producer.gateway.reach import Reach
+from producer.gateway.sessions import MOST_SESSIONS
 from producer.gateway.settings import load_gateway_settings
 from tests.gateway.conftest import problem
 from tests.gateway.test_job_api import submit
@@ -177,10 +178,43 @@ def test_a_session_reads_with_its_cookie_and_changes_with_its_token_too(
     assert problem(browser.get(f"{guarded.url}/v1/decodes")) == (401, "not_authenticated")
 
 
+def test_a_key_has_so_many_sessions_and_a_new_one_ends_the_oldest(
+    guarded: RunningGateway, new_key: Callable[..., str], admin: redis.Redis
+) -> None:
+    token, other = new_key("read"), new_key("read")
+    stays, _ = log_in(guarded, other)
+    listed = keys.sessions(token.split("_")[1])
+    browsers = [log_in(guarded, token)]
+    (first,) = admin.zscan_iter(listed)
+    admin.zincrby(listed, -1000, first[0])  # the others are no longer of its millisecond
+    browsers += [log_in(guarded, token) for _ in range(MOST_SESSIONS - 1)]
+    third, csrf = browsers[2]
+    assert third.delete(f"{guarded.url}/session", headers={"X-CSRF-Token": csrf}).status_code == 204
+    browsers += [log_in(guarded, token) for _ in range(2)]  # in place of the third, and of the first
+    holding = [browser.get(f"{guarded.url}/v1/decodes").status_code for browser, _ in browsers]
+    assert holding == [401, 200, 401, *[200] * (MOST_SESSIONS - 1)]
+    assert stays.get(f"{guarded.url}/v1/decodes").status_code == 200
+    assert len(list(admin.scan_iter(keys.session("*")))) == MOST_SESSIONS + 1
+    assert admin.zcard(listed) == MOST_SESSIONS
+    assert 0 < admin.ttl(listed) <= 43_200
+
+
 def test_logging_in_takes_a_key(guarded: RunningGateway) -> None:
     assert problem(guarded.post("/session", json={"token": "lq_nonsense"})) == (401, "not_authenticated")
     for body in (b"", b"[]", b"{", b'{"token": 7}', b"\xff"):
         assert problem(guarded.post("/session", data=body))[0] in (400, 401)
+
+
+def test_a_cookie_or_a_token_of_any_bytes_is_none_of_ours(
+    guarded: RunningGateway, gateway: RunningGateway, new_key: Callable[..., str]
+) -> None:
+    odd = {"Cookie": b"latentq_session=\xff\xfe"}
+    assert problem(guarded.get("/v1/decodes", headers=odd)) == (401, "not_authenticated")
+    assert gateway.get("/v1/decodes", headers=odd).status_code == 200
+    assert gateway.ask("DELETE", "/session", headers=odd).status_code == 204
+    browser, _ = log_in(guarded, new_key("submit", "read"))
+    odd_token: dict[str, str | bytes] = {"X-CSRF-Token": b"\xff"}
+    assert problem(browser.post(f"{guarded.url}/v1/decodes/cat/cancel", headers=odd_token)) == (403, "not_allowed")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import logging
@@ -15,7 +16,7 @@ import requests
 
 from broker_config.settings import Settings
 from producer.gateway.routes import ROUTES
-from tests.gateway.conftest import problem
+from tests.gateway.conftest import problem, safetensors
 from tests.gateway.test_job_api import submit
 from tests.gateway.test_limits import connection
 from tests.support.gateways import RunningGateway
@@ -41,6 +42,30 @@ def test_a_long_poll_may_outlast_the_patience(gateways: Gateways) -> None:
     gateway = gateways(patience_s=0.2, wait_s=1.5)
     submit(gateway, name="cat")
     assert gateway.get("/v1/decodes/cat?wait=1.5").json()["status"] == "queued"
+
+
+def waits(gateway: RunningGateway) -> int:
+    """Long-polls that go on."""
+    return sum(task.get_name() == "wait-for-job" for task in asyncio.all_tasks(gateway.loop))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET /v1/decodes/cat?wait=300 HTTP/1.1\r\n",
+        b"GET /decode/sd/jobs/cat?form=image HTTP/1.1\r\n",
+        b"PUT /v1/decodes/cat?vae=sd HTTP/1.1\r\nPrefer: wait=300\r\nContent-Type: application/vnd.safetensors\r\n",
+    ],
+    ids=["job", "remote", "submit"],
+)
+def test_a_long_poll_ends_with_its_client(gateways: Gateways, request_: bytes) -> None:
+    gateway = gateways(wait_s=300)
+    submit(gateway, name="cat")
+    body = safetensors() if request_.startswith(b"PUT") else b""
+    with connection(gateway) as opened:
+        opened.sendall(request_ + b"Host: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: waits(gateway) == 1, what="the wait to begin")
+    wait_until(lambda: waits(gateway) == 0, what="the wait to end")
 
 
 def held(gateway: RunningGateway) -> int:

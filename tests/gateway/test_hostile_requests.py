@@ -133,6 +133,22 @@ def test_a_job_is_answered_in_a_form_it_has_or_refused(gateway: RunningGateway, 
                 assert problem(answer) == (422, "invalid_option"), (output, form)
 
 
+@pytest.mark.parametrize("name", ["scaling_factor", "shift_factor", "sigma_data", "decode_timestep", "timeout_s"])
+def test_a_number_that_no_float_holds_is_refused_by_its_name(gateway: RunningGateway, name: str) -> None:
+    submit(gateway, name="cat")
+    gateway.post("/v1/decodes/cat/cancel")
+    form = {
+        "options": (None, json.dumps({"vae": "sd", name: 10**400}), "application/json"),
+        "latents": ("l", safetensors(), "application/vnd.safetensors"),
+    }
+    for answer in (
+        gateway.post("/v1/decodes", files=form),
+        gateway.post("/v1/decodes/cat/redecode", json={name: -(10**400)}),
+    ):
+        assert problem(answer) == (422, "invalid_option")
+        assert answer.json()["field"] == name
+
+
 def test_a_preview_is_of_the_job_as_its_key_calls_it(
     guarded: RunningGateway, new_key: Callable[..., str], worker: StoreWorker
 ) -> None:

@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from broker_config import keys
 from broker_config.errors import BrokerUnreachable
 from broker_config.settings import Settings
+from producer.submit_attempt import SubmitAttempt
 from tests.gateway.conftest import SAFETENSORS, problem, safetensors
 from tests.gateway.test_job_api import stream, submit
 from tests.support.faulty_proxy import FaultyProxy
@@ -83,6 +84,18 @@ def test_a_page_among_dead_entries_goes_on_where_it_ended(
     assert found == [f"job{number}" for number in reversed(range(5))]
 
 
+def test_a_refused_submit_leaves_no_entry(
+    gateways: Callable[..., RunningGateway], settings: Settings, new_key: MakeKey, admin: redis.Redis
+) -> None:
+    gateway = gateways(settings.model_copy(update={"max_pending_jobs": 1}), auth="required")
+    token = new_key("submit", "read")
+    assert submit(gateway, key=token, name="one").status_code == 202
+    for name in ("two", "three"):
+        assert problem(submit(gateway, key=token, name=name)) == (503, "queue_full")
+    assert problem(submit(gateway, key=token, name="one", output="jpg")) == (409, "job_conflict")
+    assert admin.zrange(keys.index(key_id(token)), 0, -1) == [f"k_{key_id(token)}_one".encode()]
+
+
 # Quotas ---------------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +121,40 @@ def test_a_refusal_costs_nothing_of_the_day(
     gateway.post("/v1/decodes/one/cancel", key=token)
     assert gateway.post("/v1/decodes/one/redecode", key=token).status_code == 202
     assert problem(gateway.post("/v1/decodes/one/redecode", key=token)) == (429, "quota_exceeded")
+
+
+def test_what_is_accepted_counts_though_another_submit_under_its_id_was_refused_meanwhile(
+    guarded: RunningGateway, new_key: MakeKey, admin: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = new_key("submit", "read", jobs_per_day=1)
+    throttle = guarded.parts.throttle
+    key = guarded.parts.keys.of_token(token)
+    assert key is not None
+    accept = SubmitAttempt.once
+
+    def once(attempt: SubmitAttempt) -> bool:
+        throttle.withdraw(key, attempt.job_id)  # what the refusal of the other one does
+        return accept(attempt)
+
+    with monkeypatch.context() as raced:
+        raced.setattr(SubmitAttempt, "once", once)
+        assert submit(guarded, key=token, name="one").status_code == 202
+    assert problem(submit(guarded, key=token, name="two")) == (429, "quota_exceeded")
+    assert [job["id"] for job in guarded.get("/v1/decodes", key=token).json()["jobs"]] == ["one"]
+
+
+def test_a_job_that_is_accepted_after_midnight_is_one_of_the_day_before(
+    guarded: RunningGateway, new_key: MakeKey, admin: redis.Redis
+) -> None:
+    token = new_key("submit", "read", jobs_per_day=1)
+    assert submit(guarded, key=token, name="one").status_code == 202
+    (today,) = admin.scan_iter(keys.quota(key_id(token), "*"))
+    yesterday = keys.quota(key_id(token), str(int(today.rpartition(b":")[2]) - 1))
+    admin.rename(today, yesterday)
+    key = guarded.parts.keys.of_token(token)
+    assert key is not None
+    guarded.parts.throttle.enter(key, f"k_{key.id}_one", kept_s=60, accepted=True)
+    assert submit(guarded, key=token, name="two").status_code == 202
 
 
 def test_submits_at_once_do_not_pass_the_quota(guarded: RunningGateway, new_key: MakeKey) -> None:

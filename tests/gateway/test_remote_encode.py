@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +23,12 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from broker_config.errors import BadRequest, InvalidOption
 from broker_config.messages import Kind
+from producer.gateway import remote_encode
 from producer.gateway.identity import LOCAL
+from producer.gateway.picture_input import _check_scans, peek_picture, read_picture
+from producer.tensor_input import TensorFile
 from tests.gateway import remote_encode_client
 from tests.gateway.conftest import problem
 from tests.gateway.test_remote_decode import equal
@@ -282,6 +287,13 @@ def png_of_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+def of_many_scans(scans: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again, so many in all."""
+    data = encoded_as("JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * (scans - data.count(b"\xff\xda")) + data[-2:]
+
+
 def animated() -> bytes:
     return encoded_as("WEBP", save_all=True, append_images=[picture("L").convert("RGB")])
 
@@ -311,8 +323,9 @@ def animated() -> bytes:
         (encoded_as("PNG"), "?shift_factor=nan", (422, "invalid_option")),
         (encoded_as("PNG"), "?seed=one", (422, "invalid_option")),
         (encoded_as("PNG"), "?layout=video_2d", (422, "unknown_layout")),
+        (of_many_scans(101), "", (422, "invalid_option")),
     ],
-    ids=range(22),
+    ids=range(23),
 )
 def test_what_cannot_be_encoded_is_refused_and_leaves_nothing(
     gateway: RunningGateway, admin: Any, body: bytes, query: str, expected: tuple[int, str]
@@ -330,3 +343,67 @@ def test_a_picture_counts_by_its_pixels_while_it_is_unpacked(gateways: Callable[
         answer = requests.post(f"{running.url}/encode/sd", data=encoded_as("WEBP", quality=1), timeout=30)
     assert problem(answer) == (503, "gateway_busy")
     assert running.parts.uploads.size_bytes == 0
+
+
+@pytest.mark.parametrize(("kind", "bytes_per_px"), [("PNG", 8), ("JPEG", 12), ("WEBP", 18)])
+def test_a_picture_has_room_for_what_its_decoder_takes(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, kind: str, bytes_per_px: int
+) -> None:
+    held: list[int] = []
+
+    def read(data: bytes, *, kind: str) -> TensorFile:
+        held.append(gateway.parts.uploads.size_bytes)
+        raise BadRequest("that is enough")
+
+    monkeypatch.setattr(remote_encode, "read_picture", read)
+    data = encoded_as(kind)
+    assert problem(requests.post(f"{gateway.url}/encode/sd", data=data, timeout=30)) == (400, "bad_request")
+    assert held == [len(data) + 48 * 64 * bytes_per_px]
+
+
+# What is read ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("PNG", mode) for mode in (*MODES, "LA")),
+        *(("JPEG", mode) for mode in ("RGB", "L", "CMYK")),
+        *(("WEBP", mode) for mode in ("RGB", "RGBA")),
+    ],
+)
+def test_a_picture_is_what_pillow_makes_of_it(kind: str, mode: str) -> None:
+    pixels = np.random.default_rng(4).integers(0, 256, (300, 200, 3), dtype=np.uint8)  # no whole number of strips
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, format=kind)
+    found = read_picture(buffer.getvalue(), kind=kind)
+    assert found.shape == (1, 300, 200, 3)
+    assert found.data.endswith(Image.open(buffer).convert("RGB").tobytes())  # behind its header
+
+
+def test_a_picture_is_copied_once() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (2000, 2000)).save(buffer, format="PNG")
+    data = buffer.getvalue()
+    tracemalloc.start()  # numpy's memory and that of bytes, not Pillow's own
+    try:
+        read_picture(data, kind="PNG")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 3 <= peak / 2000**2 < 4
+
+
+@pytest.mark.parametrize("at", [0, 1, (1 << 20) - 2, (1 << 20) - 1, 1 << 20])
+def test_scans_are_counted_wherever_they_begin(at: int) -> None:
+    scan = b"\xff\xda"
+    data = bytes(at) + scan + bytes(1 << 20) + scan * 99
+    _check_scans(data)
+    with pytest.raises(InvalidOption, match="more than 100 scans") as refusal:
+        _check_scans(data + scan)
+    assert refusal.value.field == "pictures"
+
+
+def test_a_jpeg_of_a_hundred_scans_is_read() -> None:
+    data = of_many_scans(100)
+    assert peek_picture(data, kind="JPEG").shape == read_picture(data, kind="JPEG").shape == (1, 48, 64, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import redis
 import requests
 
-from broker_config import keys
+from broker_config import keys, webhook_deliveries
 from broker_config.connection import connect_url
 from broker_config.settings import Settings
 from broker_config.webhook_secrets import WebhookSecrets, new_secret
@@ -161,7 +162,7 @@ def test_a_dead_letter_is_sent_again_under_its_id(
 ) -> None:
     key, name = dead
     answer = guarded.post(f"/v1/webhooks/{name}/redeliver", key=key)
-    assert (answer.status_code, answer.json()["state"]) == (202, "pending")
+    assert (answer.status_code, answer.json()["state"], answer.json()["ended_at"]) == (202, "pending", None)
     assert guarded.post(f"/v1/webhooks/{name}/redeliver", key=key).status_code == 200, "it is on its way already"
     assert courier.work("delivered", status=200) == [name]
     shown = guarded.get(f"/v1/webhooks/{name}", key=key).json()
@@ -204,6 +205,43 @@ def test_dead_letters_come_in_pages(
         assert len(seen) == len(set(seen)) == expected
     for query in ("limit=0", "limit=201", "state=lost", "cursor=x", "colour=red"):
         assert problem(guarded.get(f"/v1/webhooks?{query}", key=mine)) == (422, "invalid_option")
+
+
+def test_a_page_goes_on_among_deliveries_of_others_and_of_one_millisecond_and_names_none_of_them(
+    guarded: RunningGateway,
+    new_key: Callable[..., str],
+    worker: StoreWorker,
+    courier: ToldCourier,
+    admin: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mine, other = new_key("submit", "read"), new_key("submit", "read")
+    for number in range(5):
+        for key in (mine, other):
+            with_options(guarded, key, job_id=f"j{number}", webhook=HOOK, webhook_secret=SECRET)
+        for claim in worker.claim(max_jobs=1) + worker.claim(max_jobs=1):
+            worker.succeed(claim)
+        courier.work()
+    scores: Any = admin.zrange(keys.DEAD_LETTERS, 0, -1, withscores=True)
+    assert len(scores) == 10
+    admin.zadd(keys.DEAD_LETTERS, {name: scores[0][1] + rank // 4 for rank, (name, _) in enumerate(scores)})
+    monkeypatch.setattr(webhook_deliveries, "_CHUNK", 2)
+    monkeypatch.setattr(webhook_deliveries, "_LOOKED_AT", 4)
+    seen, cursor = [], ""
+    while True:
+        page = guarded.get(f"/v1/webhooks?limit=2{cursor}", key=mine).json()
+        seen += [item["id"] for item in page["deliveries"]]
+        if page["next_cursor"] is None:
+            break
+        assert re.fullmatch(r"\d+-\d+", page["next_cursor"])
+        cursor = f"&cursor={page['next_cursor']}"
+    listed: Any = admin.zrange(keys.DEAD_LETTERS, 0, -1, desc=True)
+    names = [name.decode() for name in listed]
+    assert seen == [name for name in names if mine[3:11] in name]
+    assert len(seen) == 5
+    foreign = next(name for name in names if mine[3:11] not in name)
+    for name in (foreign, "msg_nobody_succeeded"):  # the one is there, the other is not
+        assert problem(guarded.get(f"/v1/webhooks?cursor={name}", key=mine)) == (422, "invalid_option")
 
 
 def test_the_deliveries_of_one_job_are_listed_whatever_became_of_them(
@@ -259,6 +297,16 @@ def test_a_ping_goes_where_a_webhook_may_go_and_counts_as_a_submit(
 # Secrets ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_secret_may_stay_for_a_year(gateway: RunningGateway) -> None:
+    for _ in range(2):
+        answer = gateway.post("/v1/webhook-secrets", json={"secret": new_secret(), "overlap_s": 31_536_000})
+        assert answer.status_code == 201, answer.text
+    newer, older = gateway.get("/v1/webhook-secrets").json()["secrets"]
+    assert (newer["valid_until"], older["valid_until"] is None) == (None, False)
+    schema = document()["paths"]["/v1/webhook-secrets"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["properties"]["overlap_s"]["maximum"] == 31_536_000
+
+
 def test_a_secret_goes_in_and_never_comes_out(
     guarded: RunningGateway, new_key: Callable[..., str], broker_url: str, admin: redis.Redis
 ) -> None:
@@ -288,6 +336,9 @@ def test_a_secret_goes_in_and_never_comes_out(
         ({"secret": "hunter2-hunter2"}, (422, "invalid_option")),
         ({"secret": SECRET, "overlap_s": -1}, (422, "invalid_option")),
         ({"secret": SECRET, "overlap_s": "soon"}, (422, "invalid_option")),
+        ({"secret": SECRET, "overlap_s": 31_536_001}, (422, "invalid_option")),
+        ({"secret": SECRET, "overlap_s": 1e308}, (422, "invalid_option")),
+        ({"secret": SECRET, "overlap_s": 10**400}, (422, "invalid_option")),
         ({"secret": 7}, (400, "bad_request")),
         ({}, (400, "bad_request")),
     ],

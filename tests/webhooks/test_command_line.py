@@ -92,6 +92,11 @@ def test_a_secret_is_shown_once_and_listed_by_its_id(cli: Run, tmp_path: Path) -
     assert secret_id not in cli("webhooks", "secrets", "list", "--key", "abcdefgh").stdout
 
 
+def test_older_secrets_sign_on_for_a_year_at_most(cli: Run) -> None:
+    assert cli("webhooks", "secrets", "add", "--overlap", "31536000").exit_code == 0
+    assert cli("webhooks", "secrets", "add", "--overlap", "1e12").exit_code == 2
+
+
 def test_a_job_is_submitted_with_a_webhook_and_its_secret_from_a_file(
     cli: Run, client: DecodeClient, tmp_path: Path
 ) -> None:

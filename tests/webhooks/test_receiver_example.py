@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -35,11 +36,12 @@ class Shop(BaseHTTPRequestHandler):
     """Where the pictures are fetched from; as the gateway, but it can be out of order."""
 
     closed = False
+    gone: tuple[str, ...] = ()
     fetched: list[str]
 
     def do_GET(self) -> None:
         self.fetched.append(self.path)
-        self.send_response(503 if type(self).closed else 200)
+        self.send_response(503 if type(self).closed else 410 if self.path in type(self).gone else 200)
         self.end_headers()
         self.wfile.write(PICTURE)
 
@@ -116,6 +118,7 @@ def test_what_is_not_ours_is_refused_and_nothing_of_it_is_done(tmp_path: Path, s
         broken = {"webhook-id": "a", "webhook-timestamp": str(int(time.time())), "webhook-signature": "v1 nothing"}
         assert requests.post(url, data=message(shop[0]), headers=broken, timeout=30).status_code == 401
         assert requests.post(url, data=b"x" * 70_000, timeout=30).status_code == 413
+        assert requests.post(url, data=b"\xff", headers=broken, timeout=30).status_code == 401
         assert send(url, message(shop[0], job="../../cat"), name="msg_path") == 204
         assert send(url, message(shop[0], path="/last"), name="msg_last") == 204
         wait_until((tmp_path / "pictures" / "cat-0.png").exists)
@@ -136,6 +139,46 @@ def test_what_was_not_fetched_when_it_was_killed_is_fetched_by_the_next(
         wait_until(picture.exists)
         assert send(url, message(shop[0], path="/again")) == 204, "it came before"
     assert "/again" not in shop[1].fetched
+
+
+def test_a_link_that_is_gone_is_asked_once_and_the_other_outputs_come(
+    tmp_path: Path, shop: tuple[str, type[Shop]]
+) -> None:
+    shop[1].gone = ("/1",)
+    body = message(shop[0]).replace("}]", f'}}, {{"url": "{shop[0]}/2", "extension": "png"}}]')
+    with receiving(tmp_path) as url:
+        assert send(url, body) == 204
+        wait_until(lambda: is_done(tmp_path, "msg_cat_succeeded"), what="the message to be done with")
+    assert shop[1].fetched == ["/1", "/2"]
+    assert [path.name for path in (tmp_path / "pictures").glob("*.png")] == ["cat-1.png"]
+
+
+def is_done(folder: Path, name: str) -> bool:
+    with contextlib.closing(sqlite3.connect(folder / "pictures" / "inbox.sqlite")) as inbox:
+        return inbox.execute("SELECT done FROM inbox WHERE id = ?", (name,)).fetchall() == [(1,)]
+
+
+def test_a_message_that_goes_wrong_waits_longer_each_time_and_holds_up_no_other(
+    tmp_path: Path, shop: tuple[str, type[Shop]]
+) -> None:
+    broken = '{"type": "job.succeeded", "data": {"id": "cat", "outputs": [{"extension": "png"%s}]}}'
+    log = tmp_path / "log.txt"
+    with receiving(tmp_path) as url:
+        assert send(url, broken % "", name="msg_without_a_url") == 204
+        assert send(url, broken % ', "inline": "abc"', name="msg_inline") == 204
+        assert send(url, message(shop[0], job="dog"), name="msg_dog_succeeded") == 204
+        wait_until((tmp_path / "pictures" / "dog-0.png").exists, what="the picture of the one after them")
+        shop[1].closed = True
+        assert send(url, message(shop[0], path="/2?signature=s3cret"), name="msg_closed") == 204
+        again = [f"{name}: " for name in ("msg_without_a_url", "msg_inline", "msg_closed")]
+
+        def longer() -> list[str]:
+            return [line for line in log.read_text().splitlines() if line.endswith("trying again in 2 s")]
+
+        wait_until(lambda: len(longer()) == len(again), what="a longer pause for each")
+        assert all(any(line.startswith(name) for line in longer()) for name in again)
+    assert "s3cret" not in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_job_ends_and_its_picture_is_in_the_folder(

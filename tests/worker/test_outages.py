@@ -232,6 +232,7 @@ def test_a_worker_whose_name_a_killed_one_still_has_ends_as_one_that_is_worth_st
 ) -> None:
     """Or its supervisor would take it for one that cannot work, and end everything."""
     client.store.connections.commands.hset("rq:worker:box-1", mapping={"state": "busy"})
+    client.store.connections.commands.expire("rq:worker:box-1", 60)  # as long as RQ's workers have
     command = [sys.executable, "-m", "worker", "--vae", "sd", "--name", "box-1"]
     ended = subprocess.run(command, env=environment_of(settings), cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == EXIT_AWAY
