@@ -11,13 +11,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 
 from tests.support.kl_vaes import kl
 from tests.support.processes import ROOT
 from worker import lowmem_decode
+from worker.bench_vaes import ARCHITECTURES
+from worker.lowmem_decode.decode_plan import plan_decode
+from worker.lowmem_decode.structure import read
 
 _SIDE = 640
 _LARGEST = 64 * _SIDE * _SIDE * 4
@@ -95,3 +100,25 @@ def test_sdxl_and_flux_by_arithmetic(channels: int, side: int, lean: bool, limit
     shape = (1, channels, side // 8, side // 8)
     assert lowmem_decode.working_bytes(vae, shape, torch.bfloat16, lean=lean) <= limit_gb * 1e9
     assert lowmem_decode.largest_bytes(vae, shape, torch.bfloat16) == 256 * side * side * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("sdxl", (1, 4, 128, 128)), ("flux", (1, 16, 256, 256)), ("hunyuan-video", (1, 16, 33, 90, 160))],
+)
+def test_a_gpus_larger_pieces_make_nothing_be_computed_again_that_a_cpu_keeps(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    """By arithmetic: 1024², 2048², and 129 frames of 720p, in half precision."""
+    architecture = ARCHITECTURES[name]
+    with torch.device("meta"):
+        vae = getattr(diffusers, architecture.kind)(**architecture.config)
+    del vae.encoder
+    vae = vae.to_empty(device="cpu").to(torch.bfloat16)  # `meta` weights are refused
+    program = read(vae)
+    plans = [
+        plan_decode(vae, replace(program, device=torch.device(device)), shape, lean=False) for device in ("cpu", "cuda")
+    ]
+    inners = [(end - start, shape[4]) if len(shape) == 5 else (shape[3],) for start, end in plans[0].spans]
+    assert plans[1].cost(inners) <= plans[0].cost(inners)
+    assert plans[1].peak_bytes <= 1.6 * lowmem_decode.largest_bytes(vae, shape, torch.bfloat16)

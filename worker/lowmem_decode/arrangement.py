@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from worker.lowmem_decode.attention import query_chunk
-from worker.lowmem_decode.group_norm import scratch_elements
+from worker.lowmem_decode.group_norm import piece_sizes
 from worker.lowmem_decode.steps import Attention, Program, Resnet, Step, Upsampling
 
 #: Working memory over the largest activation: what mode 1 and the lean mode may take. Mode 1 is measured against 1.6:
@@ -34,6 +34,8 @@ _SMALL_STRIPS: Final = 256
 _WITH_RESULT: Final = 1.57
 #: Largest strip on a CPU: several fit a last-level cache, and glibc's heap (see `host_memory`).
 _STRIP_CPU_BYTES: Final = 8 << 20
+#: The same elsewhere: in half precision 65,000 pixels of 256 channels, which is work enough for any device.
+_STRIP_BYTES: Final = 32 << 20
 #: Memory of attention scores, as a part of the largest activation.
 _SCORES: Final = 8
 
@@ -87,6 +89,8 @@ class Arrangement:
     strip_bytes: int
     #: Rows of every strip, if they are given.
     strip_rows: int | None
+    #: Elements that a norm takes at a time.
+    piece_elements: int
     #: Memory for the scores of attention.
     score_bytes: int
     #: Most memory held at once, above the weights and without latents and picture.
@@ -147,17 +151,27 @@ def arrange(
         budget: bytes it may hold at once.
         strip_rows: rows of every strip; None: by size.
     """
+    ways = [
+        _with_pieces(program, elements, height=height, inner=inner, budget=budget, strip_rows=strip_rows)
+        for elements in piece_sizes(program.device)
+    ]
+    return min(ways, key=lambda each: sum(each.costs))  # of equal ones the first
+
+
+def _with_pieces(
+    program: Program, elements: int, *, height: int, inner: tuple[int, ...], budget: int, strip_rows: int | None
+) -> Arrangement:
     largest = largest_activation(program, height=height, inner=inner) * program.dtype.itemsize
     where = places(program, height=height, inner=inner)
 
     def way(strips: int) -> Arrangement:
         strip_bytes = max(1, largest // strips)
-        if program.device.type == "cpu":
-            strip_bytes = min(strip_bytes, _STRIP_CPU_BYTES)
+        strip_bytes = min(strip_bytes, _STRIP_CPU_BYTES if program.device.type == "cpu" else _STRIP_BYTES)
         draft = Arrangement(
             stores=(),
             strip_bytes=strip_bytes,
             strip_rows=strip_rows,
+            piece_elements=elements,
             score_bytes=max(1, largest // _SCORES),
             peak_bytes=0,
             costs=(),
@@ -291,7 +305,7 @@ def _resnet(
         strips = first + second + pictures * max(place.channels, hidden)
     if again is not None:
         strips += rows * row * place.channels * (1 if keep_hidden else 2)
-    piece = max(row * place.channels, min(fed * row * place.channels, scratch_elements(program.device)))
+    piece = max(row * place.channels, min(fed * row * place.channels, draft.piece_elements))
     scratch = 4 * 2 * piece
     extra = _upsample_strips(again, draft, itemsize) if again is not None else 0
     taps = float(step.conv1.weight.shape[2:].numel())

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 
 #: Elements of a piece on a CPU: a piece and its float32 copy stay in a core's second-level cache (1 MB and up).
-_PIECE_CPU: Final = 1 << 17
-#: Elements of a piece elsewhere: on an H200 (4.8 TB/s) a pass over so many in half precision takes 3.5 µs, about what a
-#: kernel's start takes.
-_PIECE_ELSEWHERE: Final = 1 << 23
+_PIECES_CPU: Final = (1 << 17,)
+#: Elements of a piece elsewhere, the largest first: on an H200 (4.8 TB/s) a pass over the most of them in half
+#: precision takes 3.5 µs, about what a kernel's start takes. Their float32 copies are small beside the activations of a
+#: large picture only; for a smaller one, smaller pieces may leave the room in which an activation is kept.
+_PIECES_ELSEWHERE: Final = (1 << 23, 1 << 21, 1 << 19)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,16 +34,20 @@ class Affine:
 
     scale: torch.Tensor
     shift: torch.Tensor
+    #: Elements that are normalised at a time; 0: as many as the device likes.
+    piece_elements: int = 0
 
 
 class GroupStatistics:
     """Mean and variance of the groups of channels of one activation."""
 
-    def __init__(self, groups: int, *, per_frame: bool = False) -> None:
+    def __init__(self, groups: int, *, per_frame: bool = False, piece_elements: int = 0) -> None:
         """Args:
         groups: of channels.
         per_frame: whether each frame of a clip has statistics of its own.
+        piece_elements: elements taken in at a time; 0: as many as the device likes.
         """
+        self._piece_elements = piece_elements
         self._groups = groups
         self._per_frame = per_frame
         self._counts: list[int] = []
@@ -56,7 +61,7 @@ class GroupStatistics:
         channels = rows.shape[-1]
         per_group = channels // self._groups
         over = (0, 2) if self._per_frame else tuple(range(rows.ndim - 1))
-        parts = pieces(rows)
+        parts = pieces(rows, self._piece_elements)
         if self._room is None or len(self._room) < len(parts[0]):
             self._room = torch.empty_like(parts[0], dtype=torch.float32)
         for piece in parts:
@@ -86,7 +91,7 @@ class GroupStatistics:
         per_group = norm.num_channels // self._groups
         scale = self._by_channel((variance + norm.eps).rsqrt(), per_group) * norm.weight.to(wide)
         shift = norm.bias.to(wide) - self._by_channel(mean, per_group) * scale
-        return Affine(scale=scale.float(), shift=shift.float())
+        return Affine(scale=scale.float(), shift=shift.float(), piece_elements=self._piece_elements)
 
     def _by_group(self, sums: torch.Tensor) -> torch.Tensor:
         """(…, C) to (…, groups)."""
@@ -109,9 +114,9 @@ def normalise(rows: torch.Tensor, affine: Affine, *, out: torch.Tensor, silu: bo
         out: the shape and dtype of `rows`.
         silu: whether SiLU follows.
     """
-    parts = pieces(rows)
+    parts = pieces(rows, affine.piece_elements)
     room = None if rows.dtype == torch.float32 else torch.empty_like(parts[0], dtype=torch.float32)
-    for piece, target in zip(parts, pieces(out), strict=True):
+    for piece, target in zip(parts, pieces(out, affine.piece_elements), strict=True):
         if room is None:
             torch.addcmul(affine.shift, piece, affine.scale, out=target)
         else:
@@ -121,12 +126,12 @@ def normalise(rows: torch.Tensor, affine: Affine, *, out: torch.Tensor, silu: bo
             F.silu(target, inplace=True)
 
 
-def pieces(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Rows in pieces of a size the device likes."""
-    step = max(1, scratch_elements(rows.device) // rows[0].numel())
+def pieces(rows: torch.Tensor, elements: int = 0) -> tuple[torch.Tensor, ...]:
+    """Rows in pieces of so many elements; 0: of a size the device likes."""
+    step = max(1, (elements or piece_sizes(rows.device)[0]) // rows[0].numel())
     return torch.split(rows, step)
 
 
-def scratch_elements(device: torch.device) -> int:
-    """Elements of a piece on this device."""
-    return _PIECE_CPU if device.type == "cpu" else _PIECE_ELSEWHERE
+def piece_sizes(device: torch.device) -> tuple[int, ...]:
+    """Elements that a piece may have on this device, the best first."""
+    return _PIECES_CPU if device.type == "cpu" else _PIECES_ELSEWHERE

@@ -80,7 +80,11 @@ class ItemDecode:
 
     def _gather(self, norm: Any) -> GroupStatistics:
         base = norm.norm if isinstance(norm, SpatialNorm) else norm
-        return GroupStatistics(int(base.num_groups), per_frame=self._parts.per_frame)
+        return GroupStatistics(
+            int(base.num_groups),
+            per_frame=self._parts.per_frame,
+            piece_elements=self._arrangement.piece_elements,
+        )
 
     def _norm(self, norm: Any, statistics: GroupStatistics, now: Activation) -> Norm:
         """A norm with the statistics of `now`."""
