@@ -147,8 +147,8 @@ class Bucket:
             self._api.delete(self._store, list(keys))
 
     def listing(self, folder: str) -> Iterator[Any]:
-        """What obstore says of every object in a folder, a page at a time."""
-        pages = self._api.list(self._store, folder, chunk_size=_PAGE)
+        """What obstore says of every object in a folder, a page at a time; '': of all below the prefix."""
+        pages = self._api.list(self._store, folder or None, chunk_size=_PAGE)
         while True:
             with self._errors("listed"):
                 page: Any = next(pages, None)

@@ -9,6 +9,7 @@ worker's doorbell (blocks for a second: one whose connection died unheard must n
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -140,6 +141,13 @@ def _blob_packer() -> PythonRespSerializer:
     return PythonRespSerializer(_PACKED_BYTES, Encoder("utf-8", "strict", decode_responses=False).encode)
 
 
+#: What a query of a broker's URL begins with (redis-py `URL_QUERY_ARGUMENT_PARSERS`, and arguments of its connections).
+_OPTION: Final = re.compile(
+    r"(db|username|password|client_name|protocol|max_connections|timeout|retry_\w+|socket_\w+|ssl_\w+|health_\w+)="
+)
+_HOST: Final = re.compile(r"(([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?)?")
+
+
 def _check_login(url: str) -> None:
     """Raises ValueError where a password ends the host by a sign of its own: another server would be asked."""
     parts = urlsplit(url)
@@ -153,7 +161,11 @@ def _check_login(url: str) -> None:
 def redact(url: str) -> str:
     """`url` without user name, password and query, also where these are not written as a URL has them."""
     scheme, mark, rest = url.partition("://")
-    address = (rest if mark else url).rpartition("@")[2]
+    before, _, query = (rest if mark else url).partition("?")
+    # What follows may be part of a password; only as the driver's own options it is none.
+    is_host = _HOST.fullmatch(before.partition("/")[0]) is not None
+    well_formed = "@" not in query or (_OPTION.match(query) is not None and ("@" in before or is_host))
+    address = (before if well_formed else rest if mark else url).rpartition("@")[2]
     for sign in "?#":
         address = address.partition(sign)[0]
     return f"{scheme}{mark}{address}" if mark else address

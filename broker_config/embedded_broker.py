@@ -88,6 +88,7 @@ class EmbeddedBroker:
     `binary` is LATENTQ_REDIS_SERVER where that is set, `max_memory_bytes` is `default_max_memory_bytes()`
     unless given, `appendfsync` is always, everysec (by a thread of this process: `aof_syncing`) or no. With
     `dies_with_owner=False` the server goes on, and goes on owning the folder, when this process ends without `stop`.
+    `should_stop` is asked while the server reads its data, which may take minutes; True ends it, and `start` raises.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class EmbeddedBroker:
         binary: Path | None = None,
         appendfsync: str = "everysec",
         dies_with_owner: bool = True,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         if appendfsync not in ("always", "everysec", "no"):
             raise errors.ConfigurationError("appendfsync is always, everysec or no.", field="appendfsync")
@@ -107,6 +109,7 @@ class EmbeddedBroker:
         self._appendfsync = appendfsync
         self._syncing: AofSyncing | None = None
         self._dies_with_owner = dies_with_owner
+        self._should_stop = should_stop
         self._mutex = threading.RLock()
         self._owner_lock: int | None = None
         self._socket: Path | None = None
@@ -204,7 +207,8 @@ class EmbeddedBroker:
             running = self._spawn(binary, self._socket, server_lock=server_lock)
         finally:
             os.close(server_lock)  # from here on only the server holds it
-        server, version = _await_ready(running, url, log_path=self._data_dir / "broker.log")
+        log_path = self._data_dir / "broker.log"
+        server, version = _await_ready(running, url, log_path=log_path, should_stop=self._should_stop)
         state = BrokerState(
             url=url,
             pid=running.pid,
@@ -337,7 +341,9 @@ def _loaded_bytes(client: redis.Redis) -> int | None:
     return None if found is None else int(found)
 
 
-def _await_ready(server: subprocess.Popen[bytes], url: str, *, log_path: Path) -> tuple[str, str]:
+def _await_ready(
+    server: subprocess.Popen[bytes], url: str, *, log_path: Path, should_stop: Callable[[], bool]
+) -> tuple[str, str]:
     patience = _Patience(time.monotonic())
     with connect(url, timeout_s=1.0) as client:
         while True:
@@ -351,6 +357,8 @@ def _await_ready(server: subprocess.Popen[bytes], url: str, *, log_path: Path) -
                 loaded_bytes = _loaded_bytes(client)
             except redis.RedisError:  # it does not listen yet
                 pass
+            if should_stop():
+                raise errors.BrokerUnreachable("The embedded broker was stopped before it was ready.")
             status = server.poll()
             if status is not None or patience.is_over(time.monotonic(), loaded_bytes=loaded_bytes):
                 what = f"was not ready in {patience.bound_s:g} s" if status is None else f"ended with status {status}"

@@ -67,6 +67,7 @@ class TieredBlobStore:
         self._lock = threading.Lock()
         self._opened: OpenedStore | None = None
         self._unopened: ExternalStore | None = None
+        self._known_id: str | None = None
 
     def put(self, name: str, data: bytes, *, past_limit: bool = False) -> BlobRef:
         """Stores `data`, provisionally, and says where it lies. Safe to repeat; a repetition may lie elsewhere.
@@ -134,7 +135,7 @@ class TieredBlobStore:
         if ref.store == REDIS_STORE:
             return None
         signer = self._signer()
-        if signer is None or self.index.registered() != (ref.store, signer.url):
+        if signer is None or ref.store != self._registered_id():
             return None
         return signer.link(ref.name, lifetime_s=lifetime_s)
 
@@ -177,6 +178,13 @@ class TieredBlobStore:
         if self._unopened is None:
             self._unopened = store_at(self._settings)
         return self._unopened
+
+    def _registered_id(self) -> str | None:
+        """Id of the broker's store: asked for once, since a process keeps to one store for as long as it runs."""
+        if self._known_id is None:
+            known = self.index.registered()
+            self._known_id = None if known is None else known[0]
+        return self._known_id
 
     def _read_outside(self, ref: BlobRef, span: Span | None = None) -> bytes:
         opened = self._open() if self._settings.blob_store is not None else None

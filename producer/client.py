@@ -20,7 +20,7 @@ from broker_config.vae_catalog import VaeCatalog
 from producer.decode_options import DecodeOptions
 from producer.ended_jobs import ended_jobs
 from producer.job_handle import JobHandle
-from producer.option_checks import checked_options, checked_state
+from producer.option_checks import check_result_size, checked_options, checked_state
 from producer.pipelines import noise_state, options_of
 from producer.pixel_input import OF_PIPELINE, Pictures, build_encode_request, encode_options
 from producer.preview_option import preview_of
@@ -286,6 +286,7 @@ class DecodeClient:
         checked_state(asked, entry, layout)
         shown_by = preview_of(asked.preview, entry, layout=layout, state=source.latent_state, catalog=self.catalog)
         checked = checked_options(asked, entry=entry, geometry=geometry, settings=self._settings)
+        check_result_size(checked["output"], geometry, entry, self._settings)
         job_id = asked.job_id or new_job_id()
         request = dataclasses.replace(source, job_id=job_id, source_job_id=source.job_id, preview=shown_by, **checked)
         return request, own_secrets(asked)

@@ -81,7 +81,11 @@ class LocalStack:
             if self._settings.redis_url is not None:
                 self.url = self._settings.redis_url.get_secret_value()
             else:
-                broker = EmbeddedBroker(self._settings.broker_dir, binary=self._settings.redis_server)
+                broker = EmbeddedBroker(
+                    self._settings.broker_dir,
+                    binary=self._settings.redis_server,
+                    should_stop=self._stop.is_set,  # its data may take minutes to read
+                )
                 self.url = stack.enter_context(broker).url
                 self._broker = KeptBroker(broker)
             connections = connect_url(self.url, name="latentq-up")

@@ -101,8 +101,6 @@ def checked_options(
     output = _output(options.output, geometry, entry)
     metadata = checked_metadata(options.metadata, max_bytes=settings.max_metadata_bytes)
     _check_encoder(output, geometry, metadata)
-    if settings.blob_store is None:
-        _check_size(output, geometry, entry)
     timeout_s = _seconds("timeout_s", options.timeout_s)
     if timeout_s is not None and timeout_s < settings.timeout_min_s:
         raise InvalidOption(
@@ -233,8 +231,14 @@ def _check_encoder(output: Output, geometry: Geometry, metadata: Mapping[str, st
             )
 
 
-def _check_size(output: Output, geometry: Geometry, entry: VaeEntry) -> None:
-    """Refuses what certainly makes more bytes of one item than the broker holds in a value."""
+def check_result_size(output: Output, geometry: Geometry, entry: VaeEntry, settings: Settings) -> None:
+    """Whether a decode's output may fit where it is to lie.
+
+    Raises:
+        InvalidOption: it certainly makes more bytes of one item than the broker holds in a value.
+    """
+    if settings.blob_store is not None:
+        return
     each = {Output.UINT8: 1, Output.TENSOR: 2}.get(output)  # of a tensor at least: float32 is twice that
     if each is None:
         return

@@ -108,7 +108,8 @@ class Queue:
     ) -> torch.Tensor:
         """What `vae.decode` makes of `latents`, on the CPU, in the worker's dtype."""
         facts: dict[str, Any] = {} if timestep is None else {"decode_timestep": timestep, "decode_noise_scale": 0.0}
-        if generator is not None and self.entry.draws_noise:
+        said = {"seed", "noise_state", "generator"} & set(self._options)  # of every job, by whoever made the stand-in
+        if generator is not None and self.entry.draws_noise and not said:
             facts["generator"] = generator
         layout = self.entry.raw_layout
         if num_frames is not None:  # a clip's frames in the batch: Stable Video Diffusion

@@ -201,7 +201,10 @@ class Spool:
         """
         with contextlib.ExitStack() as held:
             mine = []
-            for path in self.folder.glob(f"{job_id}.*{_SUFFIX}"):
+            for entry in self.entries():
+                path = entry.path
+                if entry.job_id != job_id:
+                    continue
                 try:
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 except FileNotFoundError:

@@ -32,6 +32,7 @@ from producer.option_checks import (
     check_noise,
     check_patches,
     check_pixels,
+    check_result_size,
     checked_count,
     checked_options,
     checked_state,
@@ -74,6 +75,7 @@ def build_request(
     check_patches(tensor.shape, layout, state)
     check_pixels(geometry, settings)
     checked = checked_options(options, entry=entry, geometry=geometry, settings=settings)
+    check_result_size(checked["output"], geometry, entry, settings)
     checked["preview"] = preview_of(options.preview, entry, layout=layout, state=state, catalog=catalog)
     return request_of(
         tensor, facts | checked, options=options, entry=entry, layout=layout, state=state, geometry=geometry

@@ -5,7 +5,7 @@
 -- What is left of a record: what snapshots and lists say, the fence and the hash that replays are held to, and what the
 -- doctor's walk counts. It is written anew, since a hash that once held a message stays a hash table, of 1.4 to 1.9 kB; as
 -- a list pack, which values of at most 64 bytes let it be, it takes a third of that, for a week.
-local KEPT = { 'hash', 'vae', 'rq_queue', 'blob', 'execution', 'failed_execution', 'worker', 'latents_bytes',
+local KEPT = { 'hash', 'vae', 'rq_queue', 'execution', 'failed_execution', 'worker', 'latents_bytes',
   'reserved_bytes', 'submitted_ms', 'started_ms', 'ended_ms', 'expires_ms', 'attempts', 'errors', 'crashes', 'done',
   'total' }
 local function entomb(rec, early)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import re
 import struct
 from collections.abc import Iterator
 from typing import Final
@@ -28,8 +29,13 @@ from producer.tensor_input import TensorFile
 
 #: Each is a pass over the whole picture: a hundred take 5 s for 64 megapixels, and encoders make 10 to 20.
 MOST_SCANS: Final = 100
-_START_OF_SCAN: Final = b"\xff\xda"
-#: Looked through in a millisecond, during which no other thread runs.
+#: In what is compressed, an 0xFF that begins no marker has 0x00 or a restart behind it (ITU-T T.81, B.1.1).
+_MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_START_OF_SCAN: Final = 0xDA
+_END: Final = 0xD9
+#: Markers without a segment: the start of the picture, and one for temporary use.
+_ALONE: Final = frozenset({0xD8, 0x01})
+#: Looked through in some milliseconds, during which no other thread runs.
 _PIECE_BYTES: Final = 1 << 20
 #: Rows brought to RGB at a time, so that there is no second and third copy of the picture.
 _STRIP_ROWS: Final = 64
@@ -98,10 +104,20 @@ def bytes_to_read(picture: TensorFile, *, kind: str) -> int:
 
 
 def _check_scans(data: bytes) -> None:
-    """In what is compressed, such bytes only begin a scan (ITU-T T.81, B.1.1.5); a few may be in metadata."""
-    scans = 0
-    for start in range(0, len(data), _PIECE_BYTES - 1):  # pieces overlap by a byte
-        scans += data.count(_START_OF_SCAN, start, start + _PIECE_BYTES)
+    """Counts scans of the picture itself: not of a thumbnail in its metadata, nor what a phone put behind its end."""
+    scans = at = 0
+    while at < len(data):
+        marker = _MARKER.search(data, at, at + _PIECE_BYTES)
+        if marker is None:
+            at += _PIECE_BYTES - 1  # a marker may lie across
+            continue
+        kind, at = data[marker.end() - 1], marker.end()
+        if kind == _END:
+            return
+        if kind in _ALONE:
+            continue
+        scans += kind == _START_OF_SCAN
+        at += max(2, int.from_bytes(data[at : at + 2]))  # its segment, whose length counts itself
         if scans > MOST_SCANS:
             raise InvalidOption(
                 f"the JPEG has more than {MOST_SCANS} scans, each a pass over the whole picture: save it anew, with "

@@ -29,6 +29,8 @@ class Adopted:
 
     #: A job of theirs exists, or waits in the spool: its result is fetched when it is there.
     waiting: list[Task] = field(default_factory=list)
+    #: Of these, the ids of jobs that wait in the spool.
+    spooled: set[str] = field(default_factory=set)
     #: Latents are nowhere: denoise.
     missing: list[Task] = field(default_factory=list)
 
@@ -63,8 +65,11 @@ def _look(
     for task in tasks:
         snapshot = found.get(task.submit_id)
         following = dataclasses.replace(task, attempt=task.attempt + 1)
-        if snapshot is None:
-            (adopted.waiting if task.submit_id in kept else adopted.missing).append(task)
+        if snapshot is None and task.submit_id in kept:
+            adopted.waiting.append(task)
+            adopted.spooled.add(task.submit_id)
+        elif snapshot is None:
+            adopted.missing.append(task)
         elif snapshot.status is JobStatus.EXPIRED:
             again.append(following)
         elif snapshot.status in (JobStatus.FAILED, JobStatus.CANCELED):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 from uuid import uuid4
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME: Final = "manifest.jsonl"
 _PROBE: Final = ".latentq-write-test"
+#: So many files of a bucket are asked for one by one; of more, all there are, are listed.
+_FEW: Final = 8
 
 
 class Destination(Protocol):
@@ -50,8 +53,8 @@ class Destination(Protocol):
         """Stores a file; when this returns, it is safe."""
         ...
 
-    def has(self, name: str) -> bool:
-        """Whether there is a file of this name."""
+    def present(self, names: Collection[str]) -> set[str]:
+        """Those of these files that are there."""
         ...
 
     def read_copy(self) -> bytes | None:
@@ -115,8 +118,8 @@ class Folder:
                 "may write to it, and that the disk is not full"
             ) from error
 
-    def has(self, name: str) -> bool:
-        return (self._path / name).is_file()
+    def present(self, names: Collection[str]) -> set[str]:
+        return {name for name in names if (self._path / name).is_file()}
 
     def read_copy(self) -> bytes | None:
         return None
@@ -153,8 +156,10 @@ class BucketFolder:
     def write(self, name: str, data: bytes) -> None:
         self._bucket.put(name, data)
 
-    def has(self, name: str) -> bool:
-        return self._bucket.has(name)
+    def present(self, names: Collection[str]) -> set[str]:
+        if len(names) <= _FEW:
+            return {name for name in names if self._bucket.has(name)}
+        return {str(item["path"]) for item in self._bucket.listing("")} & set(names)  # a thousand to a request
 
     def read_copy(self) -> bytes | None:
         return self._bucket.get(MANIFEST_NAME)

@@ -12,12 +12,12 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from broker_config.errors import ConfigurationError
-from producer.prompt_farm.destination import sync_folder, write_durably
+from producer.prompt_farm.destination import sync_folder
 
 
 class Manifest:
@@ -26,7 +26,7 @@ class Manifest:
     def __init__(self, path: Path, *, copy: bytes | None = None) -> None:
         """Args:
         path: the file; made if need be, with its folder.
-        copy: what is known of the run from elsewhere; taken where `path` is not there or shorter.
+        copy: what is known of the run from elsewhere; its lines of tasks that have none here are added.
 
         Raises:
             ConfigurationError: cannot be written, is written by another process, or is damaged before its last line.
@@ -39,8 +39,6 @@ class Manifest:
         self.torn_bytes = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if copy is not None and (not path.exists() or path.stat().st_size < len(copy)):
-                write_durably(path, copy)
             is_new = not path.exists()
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             if is_new:
@@ -54,6 +52,7 @@ class Manifest:
             raise ConfigurationError(f"another run writes to {path}: wait for it, or name another folder") from None
         try:
             self._load()
+            self._merge(copy or b"")
         except BaseException:
             self.close()
             raise
@@ -89,20 +88,46 @@ class Manifest:
 
     def _load(self) -> None:
         data = self._path.read_bytes()
-        lines = data.split(b"\n")
         whole = 0
-        for number, line in enumerate(lines[:-1], 1):
-            try:
-                row = json.loads(line)
-                self.rows[row["job_id"]] = row
-            except (ValueError, TypeError, KeyError):
-                if any(rest.strip(b"\0 ") for rest in lines[number:]):
-                    raise ConfigurationError(
-                        f"line {number} of the manifest {self._path} is damaged: mend or remove it"
-                    ) from None
-                break
+        for job_id, row, line in _lines(data, what=str(self._path)):
+            self.rows[job_id] = row
             whole += len(line) + 1
         self.torn_bytes = len(data) - whole
         if self.torn_bytes:
             os.ftruncate(self._file, whole)
             os.fsync(self._file)
+
+    def _merge(self, copy: bytes) -> None:
+        """Adds the lines of another manifest that this one lacks: another machine may have written them."""
+        found = {job_id: (row, line) for job_id, row, line in _lines(copy, what="the copy of the manifest")}
+        missing = {job_id: both for job_id, both in found.items() if job_id not in self.rows}
+        if not missing:
+            return
+        data = b"".join(line + b"\n" for _, line in missing.values())
+        try:
+            if os.write(self._file, data) != len(data):
+                raise OSError("it was written in part: the disk is full")
+            os.fsync(self._file)
+        except OSError as error:  # a torn last line is cut off by the next run
+            raise ConfigurationError(f"the manifest {self._path} cannot be written: {error}") from None
+        self.rows |= {job_id: row for job_id, (row, _) in missing.items()}
+
+
+def _lines(data: bytes, *, what: str) -> Iterator[tuple[str, Mapping[str, Any], bytes]]:
+    """Each line but a torn last one: the task's job id, what it says, and its bytes.
+
+    Raises:
+        ConfigurationError: another line is damaged.
+    """
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(line)
+            job_id = row["job_id"]
+        except (ValueError, TypeError, KeyError):
+            if any(rest.strip(b"\0 ") for rest in lines[number:]):
+                raise ConfigurationError(
+                    f"line {number} of the manifest {what} is damaged: mend or remove it"
+                ) from None
+            return
+        yield job_id, row, line

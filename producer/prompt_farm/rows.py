@@ -151,7 +151,7 @@ def _parser(text: str, suffix: str) -> Callable[[str, str], Lines]:
     if suffix == ".csv":
         return _csv
     if suffix == "":
-        first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+        first = next((line.strip() for line in text.split("\n") if line.strip()), "")
         if first.startswith("{"):
             return _jsonl
         if "," in first and set(first.split(",")) <= set(ROW_FIELDS):
@@ -160,14 +160,15 @@ def _parser(text: str, suffix: str) -> Callable[[str, str], Lines]:
 
 
 def _text(text: str, name: str) -> Lines:
-    for line, content in enumerate(text.splitlines(), 1):
+    # Not `splitlines`: a prompt may hold U+2028, U+0085 or a form feed, which it takes for the end of a line.
+    for line, content in enumerate(text.split("\n"), 1):
         prompt = content.strip()
         if prompt and not prompt.startswith("#"):
             yield line, {"prompt": prompt}
 
 
 def _jsonl(text: str, name: str) -> Lines:
-    # Not `splitlines`: JSON strings may hold U+2028, which it takes for the end of a line.
+    # Not `splitlines` either: JSON strings may hold the same.
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
             continue

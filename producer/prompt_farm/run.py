@@ -129,11 +129,9 @@ class Run:
                     f"{names[task.job_id]!r}, which the file of another prompt has: add {{id}}",
                     field="name_template",
                 )
-        return {
-            task.job_id
-            for task in self._tasks
-            if task.job_id in rows and self._destination.has(str(rows[task.job_id]["file"]))
-        }
+        files = {task.job_id: str(rows[task.job_id]["file"]) for task in self._tasks if task.job_id in rows}
+        there = self._destination.present(set(files.values()))
+        return {job_id for job_id, file in files.items() if file in there}
 
     # For generators, from their threads -----------------------------------------------------------------
 
@@ -163,7 +161,7 @@ class Run:
         else:
             return
         for task in adopted.waiting:
-            self._collector.add(task)
+            self._collector.add(task, spooled=task.submit_id in adopted.spooled)
         again = []
         # What stands first was on the device; the others only waited for it.
         for number, task in enumerate(adopted.missing):
@@ -239,7 +237,7 @@ class Run:
         self.tally.adopted = len(adopted.waiting)
         self._collector.start()
         for task in adopted.waiting:
-            self._collector.add(task)
+            self._collector.add(task, spooled=task.submit_id in adopted.spooled)
         self.backlog.fill(batches(adopted.missing, size=self._options.batch_size))
         self._running = len(self._generators)
         for generator in self._generators:

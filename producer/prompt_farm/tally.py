@@ -81,7 +81,7 @@ class Tally:
         self.saved += 1
         self._last_s = time.monotonic()
         self._saved_at.append(self._last_s)
-        if result.timings_s.get("denoise") is not None:  # what an earlier run denoised did not overlap with anything
+        if result.timings_s.get("denoise") is not None:
             seconds = (result.timings_s.get("decode") or 0.0) + (result.timings_s.get("encode") or 0.0)
             self._decode_s[result.worker or ""] += seconds
 
@@ -96,8 +96,8 @@ class Tally:
 
     @property
     def overlap(self) -> Overlap | None:
-        """The figures; None: nothing was denoised and decoded."""
-        if self._began_s is None or self._last_s is None:
+        """The figures; None: nothing was denoised and decoded, or workers also decoded what an earlier run denoised."""
+        if self._began_s is None or self._last_s is None or self.adopted:
             return None
         return Overlap(
             wall_s=self._last_s - self._began_s,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from broker_config.connection import redact
 from broker_config.embedded_broker import EmbeddedBroker
 from broker_config.errors import (
     BrokerNotRunning,
@@ -65,6 +66,24 @@ def test_a_url_that_is_none(url: str) -> None:
     assert refusal.value.code == "configuration_invalid"
     assert "redis://host:6379/0" in refusal.value.message
     assert "s3cret" not in said(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://host:6379/0?password=p@s3cret", "redis://host:6379/0"),
+        ("redis://me@host/0?db=1&password=p@s3cret", "redis://host/0"),
+        ("unix:///run/redis.sock?db=0&password=p@s3cret", "unix:///run/redis.sock"),
+        ("rediss://[::1]:6380?client_name=a@s3cret", "rediss://[::1]:6380"),
+        ("unix://me:s3cret@/run/redis.sock?db=1", "unix:///run/redis.sock"),
+        ("redis://:p@s3cret?x@host/0", "redis://host/0"),
+        ("redis://:s3cret?x=1@host/0", "redis://host/0"),
+        ("me:s3cret@host", "host"),
+        ("localhost:6379", "localhost:6379"),
+    ],
+)
+def test_an_address_is_shown_without_what_is_said_besides_it(url: str, shown: str) -> None:
+    assert redact(url) == shown
 
 
 @pytest.mark.parametrize("sign", list("/#?[]@:%"))

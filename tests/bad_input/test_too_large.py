@@ -19,6 +19,9 @@ from broker_config.errors import (
     LatentsTooLarge,
     PixelLimitExceeded,
 )
+from broker_config.latent_geometry import Geometry
+from producer.decode_options import DecodeOptions
+from producer.option_checks import check_result_size, checked_options
 from tests.support.door import Door, claimed, little_allocated
 
 # NaN and Inf ----------------------------------------------------------------------------------------------
@@ -134,3 +137,14 @@ def test_numbers_that_the_broker_cannot_hold_in_one_value_are_refused_before_the
         door.client.submit(latents, vae="hunyuanvideo", output="tensor")
     for output in ("uint8", "mp4"):
         assert door.client.submit(latents, vae="hunyuanvideo", output=output).cancel() == "canceled"
+
+
+def test_pictures_to_encode_may_be_many_since_their_latents_are_few(door: Door) -> None:
+    geometry = Geometry(batch=1, num_frames=121, height=720, width=1280, is_video=True)
+    entry, settings = door.client.catalog["hunyuanvideo"], door.client.settings
+    checked = checked_options(
+        DecodeOptions(vae="hunyuanvideo", output="tensor"), entry=entry, geometry=geometry, settings=settings
+    )
+    assert checked["output"] == "tensor"
+    with pytest.raises(InvalidOption, match="LATENTQ_BLOB_STORE"):
+        check_result_size(checked["output"], geometry, entry, settings)

@@ -62,6 +62,16 @@ def test_a_store_that_hangs_holds_up_nobody_who_only_points_to_it(
 
 
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
+def test_a_bucket_is_linked_under_the_address_that_this_process_has_for_it(
+    job: JobSnapshot, settings: Settings, open_tiers: Open
+) -> None:
+    """Workers may reach it by another one than those who receive links; it is known by its id."""
+    elsewhere = settings.model_copy(update={"s3_endpoint": "https://s3.example.com"})
+    _, large = OutputLinks(elsewhere, open_tiers(elsewhere)).of(job, now_ms=job.ended_ms)
+    assert large.startswith("https://s3.example.com/")
+
+
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_what_lies_in_a_bucket_is_linked_there_and_what_lies_in_the_broker_at_the_gateway(
     job: JobSnapshot, settings: Settings, tiers: TieredBlobStore
 ) -> None:

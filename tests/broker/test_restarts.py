@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -212,6 +213,18 @@ def test_a_server_that_does_not_listen_is_waited_for_no_longer_than_its_bound() 
     patience = module._Patience(0.0)
     assert not patience.is_over(module._START_BOUND_S - 1, loaded_bytes=None)
     assert patience.is_over(module._START_BOUND_S + 1, loaded_bytes=None)
+
+
+def test_whoever_wants_to_stop_need_not_wait_until_the_data_are_read(data_dir: Path, slow_loader: Path) -> None:
+    stop = threading.Event()
+    broker = EmbeddedBroker(data_dir, binary=slow_loader, should_stop=stop.is_set)
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(broker.start)
+        wait_until(lambda: is_loading(f"unix://{data_dir}/run/broker.sock"))
+        stop.set()
+        with pytest.raises(BrokerUnreachable, match="stopped before it was ready"):
+            started.result(timeout=30)
+    assert not is_locked(data_dir / "owner.lock")
 
 
 def test_reading_the_data_has_a_bound(data_dir: Path, slow_loader: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -396,12 +396,21 @@ def test_a_picture_is_copied_once() -> None:
 
 @pytest.mark.parametrize("at", [0, 1, (1 << 20) - 2, (1 << 20) - 1, 1 << 20])
 def test_scans_are_counted_wherever_they_begin(at: int) -> None:
-    scan = b"\xff\xda"
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"
     data = bytes(at) + scan + bytes(1 << 20) + scan * 99
     _check_scans(data)
     with pytest.raises(InvalidOption, match="more than 100 scans") as refusal:
         _check_scans(data + scan)
     assert refusal.value.field == "pictures"
+
+
+def test_what_lies_in_the_metadata_of_a_jpeg_and_behind_its_end_is_no_scan_of_it() -> None:
+    """A thumbnail; the clip of a phone's "motion photo", in 8 MB of which such bytes occur a hundred times."""
+    picture_itself = encoded_as("JPEG")
+    within = b"\xff\xe1" + (2 + 2 * 200 + 2).to_bytes(2) + b"\xff\xda" * 200 + b"\xff\xd9"
+    data = picture_itself[:2] + within + picture_itself[2:] + b"\xff\xda" * 200
+    _check_scans(data)
+    assert peek_picture(data, kind="JPEG").shape == (1, 48, 64, 3)
 
 
 def test_a_jpeg_of_a_hundred_scans_is_read() -> None:

@@ -139,7 +139,8 @@ def test_a_late_word_of_a_finished_attempt_is_known_by_the_tombstone(queue: Queu
 
 def test_a_tombstone_takes_a_few_hundred_bytes(queue: Queue) -> None:
     """It stays for a week, of each job: as a hash table it would be three times as large."""
-    job = queue.submit(metadata={"prompt": "a word " * 100})
+    # as the gateway has ids, of a key and of a client's own UUID
+    job = queue.submit("k_0a1b2c3d_01a20705-75e0-7516-994f-73b28fe13df0", metadata={"prompt": "a word " * 100})
     end(queue, job)
     queue.store().retire(job)
     assert queue.admin.object("encoding", keys.job(job)) == b"listpack"

@@ -135,7 +135,7 @@ def test_what_convolutions_remember_may_lie_in_host_memory(name: str, monkeypatc
     vae = cached(name)
     z = latents(vae, frames=7, height=5, width=4)
     expected = plain(vae, z)
-    monkeypatch.setattr(decode_plan, "caches_on_host", lambda program, lean: lean)
+    monkeypatch.setattr(decode_plan, "caches_on_host", lambda program, lean, cache_bytes: lean)
     made: list[FrameCaches] = []
 
     def make(**where: bool) -> FrameCaches:

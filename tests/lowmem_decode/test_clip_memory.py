@@ -21,6 +21,7 @@ from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, Autoenc
 from tests.support.clip_vaes import cogvideox, hunyuan_video, mochi
 from tests.support.processes import ROOT
 from worker import lowmem_decode
+from worker.lowmem_decode import decode_plan
 from worker.lowmem_decode.decode_plan import plan_decode
 from worker.lowmem_decode.structure import read
 
@@ -134,8 +135,9 @@ def test_the_real_ones_by_arithmetic(
     ],
 )
 def test_on_cuda_a_lean_decode_remembers_in_host_memory(
-    kind: Any, config: dict[str, Any], shape: tuple[int, ...]
+    kind: Any, config: dict[str, Any], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(decode_plan, "free_bytes", lambda device: 8 << 30)
     vae = full_size(kind, **config)
     program = replace(read(vae), device=torch.device("cuda"))
     largest = lowmem_decode.largest_bytes(vae, shape, torch.bfloat16)
@@ -145,6 +147,8 @@ def test_on_cuda_a_lean_decode_remembers_in_host_memory(
     assert plan.peak_bytes <= largest
     assert not plan_decode(vae, program, shape, lean=False).caches_on_host
     assert not plan_decode(vae, read(vae), shape, lean=True).caches_on_host
+    monkeypatch.setattr(decode_plan, "free_bytes", lambda device: 1 << 20)  # a host that is short of memory itself
+    assert not plan_decode(vae, program, shape, lean=True).caches_on_host
 
 
 @pytest.mark.parametrize("lean", [False, True])

@@ -254,6 +254,21 @@ def test_a_vae_that_decodes_from_noise_is_given_the_generator(served: Serving, m
     assert request.noise_state == noise_state(torch.Generator().manual_seed(5))
 
 
+def test_noise_that_was_said_of_every_job_goes_before_the_callers_generator(
+    served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queued_vae, "_read_statistics", lambda module, entry: None)
+    queued = QueuedVAE("consistency-decoder", client=served.client, wait_s=0.01, config={}, seed=7)
+    with pytest.raises(WaitTimeout) as timeout:
+        queued.decode(torch.zeros(1, 4, 6, 8), generator=torch.Generator())
+    assert timeout.value.job_id is not None
+    job = served.client.job(timeout.value.job_id)
+    request = job.snapshot().request
+    job.cancel()
+    assert request is not None
+    assert (request.seed, request.noise_state) == (7, None)
+
+
 def test_a_clip_of_any_length_is_encoded_as_the_class_does_it(served: Serving) -> None:
     """By `encode`, and by `_encode`, which AnyFlow's pipelines call."""
     real, queued = pair(served, "anyflow")

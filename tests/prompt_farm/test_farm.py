@@ -225,7 +225,12 @@ def test_a_full_queue_delays_and_loses_nothing(
 
 
 def test_what_the_queue_does_not_take_goes_to_the_spool_and_comes_home_all_the_same(
-    settings: Settings, pipeline: Any, worker: ThreadWorker, client: DecodeClient, tmp_path: Path
+    settings: Settings,
+    pipeline: Any,
+    worker: ThreadWorker,
+    client: DecodeClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     worker.gate.close()
     narrow = DecodeClient(
@@ -248,10 +253,20 @@ def test_what_the_queue_does_not_take_goes_to_the_spool_and_comes_home_all_the_s
     # Another process, later: nothing is denoised again, and what waits is handed over.
     again = DecodeClient(client.store.connections, settings=settings, catalog=client.catalog, spool=tmp_path / "spool")
     assert again.spool is not None
-    worker.gate.open()
-    with denoising(pipeline) as calls:
-        results = list(Farm(pipeline, again, PROMPTS, **CALL))
-    again.spool.close()
+    with monkeypatch.context() as patch:
+        added: list[bool] = []
+        add = collector.Collector.add
+
+        def watched(self: collector.Collector, task: Any, *, spooled: bool = False) -> None:
+            added.append(spooled)
+            add(self, task, spooled=spooled)
+
+        patch.setattr(collector.Collector, "add", watched)
+        again.spool.close()  # or its thread might have handed them over by now
+        worker.gate.open()
+        with denoising(pipeline) as calls:
+            results = list(Farm(pipeline, again, PROMPTS, **CALL))
+    assert sorted(added) == [False, True, True], "what waits in the spool fills no queue, in a later run either"
     assert calls == []
     assert sorted(result.prompt for result in results) == sorted(PROMPTS)
     assert again.spool.spool.is_empty()

@@ -79,6 +79,27 @@ def test_the_copy_from_a_bucket_is_taken_where_it_knows_more(tmp_path: Path) -> 
     manifest.close()
 
 
+def test_lines_of_another_machine_are_added_and_none_of_ones_own_goes(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(line(1) + line(2))
+    torn = line(5)[:-3]
+    Manifest(path, copy=line(3) + line(2) + line(4) + torn).close()
+    assert path.read_bytes() == line(1) + line(2) + line(3) + line(4)
+    with pytest.raises(ConfigurationError, match="line 1 of the manifest the copy"):
+        Manifest(path, copy=b"{oops\n" + line(6))
+    assert path.read_bytes() == line(1) + line(2) + line(3) + line(4)
+
+
+def test_a_second_run_does_not_touch_the_file_of_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.jsonl"
+    first = Manifest(path)
+    with pytest.raises(ConfigurationError, match="another run writes"):
+        Manifest(path, copy=line(1) + line(2))
+    first.append({"job_id": "farm-9"})
+    assert b"farm-9" in path.read_bytes()
+    first.close()
+
+
 def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     write_durably(tmp_path / "a.png", b"old")
     write_durably(tmp_path / "a.png", b"new")
@@ -94,6 +115,6 @@ def test_a_folder_makes_the_folders_of_its_names_and_knows_what_it_has(tmp_path:
     folder.check()
     folder.write("7/a.png", b"bytes")
     assert (tmp_path / "out/7/a.png").read_bytes() == b"bytes"
-    assert folder.has("7/a.png")
-    assert not folder.has("7/b.png")
-    assert not folder.has("7")
+    assert folder.present({"7/a.png"}) == {"7/a.png"}
+    assert folder.present({"7/b.png"}) == set()
+    assert folder.present({"7"}) == set()

@@ -21,6 +21,12 @@ def test_text_has_a_prompt_a_line() -> None:
     ]
 
 
+@pytest.mark.parametrize("sign", ["\u2028", "\u0085", "\x0b", "\x0c"])
+def test_a_prompt_ends_at_a_line_feed_and_at_no_other_sign(sign: str) -> None:
+    found = parse_rows(f"an old{sign}map\r\na fox\n".encode(), name="p", suffix=".txt")
+    assert [(row.prompt, row.line) for row in found] == [(f"an old{sign}map", 1), ("a fox", 2)]
+
+
 def test_jsonl_has_every_field() -> None:
     text = (
         '{"prompt": "a fox", "negative_prompt": "blurry", "seed": 7, "height": 512, "width": 768, "steps": 20,'

@@ -190,6 +190,16 @@ def test_a_job_that_was_handed_over_and_is_still_in_the_spool_is_canceled_in_bot
         assert client.job("both").status() is JobStatus.CANCELED
 
 
+@pytest.mark.parametrize("job_id", ["*", "job-?", "[a-z]*", "/", "job", "job-1.x"])
+def test_an_id_that_is_none_takes_no_other_job_out_of_the_spool(own_settings: Settings, job_id: str) -> None:
+    with client_of(own_settings.model_copy(update={"max_pending_jobs": 1})) as limited:
+        limited.submit(LATENTS, vae="sd")
+        kept = [limited.submit(LATENTS, vae="sd", job_id=f"job-{number}").id for number in range(2)]
+        with pytest.raises(JobNotFound):
+            limited.job(job_id).cancel()
+        assert waiting_in(limited) == kept
+
+
 def test_while_the_broker_is_away_nobody_can_say_that_a_job_is_canceled(
     broker: EmbeddedBroker, spooling: DecodeClient
 ) -> None:

@@ -155,7 +155,9 @@ def arrange(
         _with_pieces(program, elements, height=height, inner=inner, budget=budget, strip_rows=strip_rows)
         for elements in piece_sizes(program.device)
     ]
-    return min(ways, key=lambda each: sum(each.costs))  # of equal ones the first
+    fitting = [each for each in ways if each.peak_bytes <= budget]
+    # of equal ones the first
+    return min(fitting, key=lambda each: sum(each.costs)) if fitting else min(ways, key=lambda each: each.peak_bytes)
 
 
 def _with_pieces(

@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
+
+import torch
 
 from worker.lowmem_decode.arrangement import (
     Arrangement,
@@ -22,9 +24,12 @@ from worker.lowmem_decode.arrangement import (
     result_size,
 )
 from worker.lowmem_decode.steps import Program, Resnet
+from worker.memory_ladder import free_bytes
 from worker.time_groups import group_spans, tile_spans
 
 Span = tuple[int, int]
+#: Free memory of the host, as a multiple of what is to lie there: other threads take some meanwhile.
+_HOST_ROOM: Final = 1.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +84,11 @@ def plan_decode(
     budget = budget_bytes(largest_of_plain(module, program, shape) * program.dtype.itemsize, lean=lean)
     plans = []
     for spans in _ways(module, program, shape):
-        on_host = caches_on_host(program, lean=lean)
         cached = len(spans) > 1 and program.parts.over_time in ("groups", "causal")
-        cache_bytes = _cache_bytes(program, shape) if cached and not on_host else 0
+        cache_bytes = _cache_bytes(program, shape) if cached else 0
+        on_host = caches_on_host(program, lean=lean, cache_bytes=cache_bytes)
+        if on_host:
+            cache_bytes = 0
         plans.append(
             DecodePlan(
                 spans=spans,
@@ -111,11 +118,12 @@ def plan_decode(
     return max((plan for plan in plans if plan.peak_bytes <= chosen.peak_bytes), key=lambda plan: len(plan.spans))
 
 
-def caches_on_host(program: Program, *, lean: bool) -> bool:
+def caches_on_host(program: Program, *, lean: bool, cache_bytes: int) -> bool:
     """Whether what convolutions remember lies in host memory: of a lean decode on CUDA, where it is twice as much as
-    the largest activation of CogVideoX.
+    the largest activation of CogVideoX. Where the host has no room for it either, it stays on the device, which says
+    so where a host would end the process.
     """
-    return lean and program.device.type == "cuda"
+    return lean and program.device.type == "cuda" and _HOST_ROOM * cache_bytes <= free_bytes(torch.device("cpu"))
 
 
 def _ways(module: Any, program: Program, shape: Sequence[int]) -> list[tuple[Span, ...]]:
