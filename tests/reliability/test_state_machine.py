@@ -283,7 +283,7 @@ class Jobs(RuleBasedStateMachine):
     def blob_of(self, job_id: str) -> str:
         """Of latents; a tombstone does not say it any more."""
         blob = self.admin.hget(keys.job(job_id), "blob")
-        if blob is not None:
+        if isinstance(blob, bytes):
             self.blobs[job_id] = blob.decode()
         return self.blobs[job_id]
 
