@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from broker_config.settings import Settings
 from producer import DecodeClient
 from producer.prompt_farm import process_generator
 from producer.prompt_farm.display import display_of
@@ -23,7 +24,8 @@ from producer.prompt_farm.process_generator import ProcessGenerator
 from producer.prompt_farm.results import FarmResult
 from producer.prompt_farm.rows import rows_of
 from producer.prompt_farm.run import GeneratorPart, Run, settled
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, environment_of
+from tests.support.sick_denoiser import LOST
 from tests.support.wait import wait_until
 
 #: A process is started a few times, beside other tests.
@@ -31,15 +33,17 @@ _BOUND_S = 120.0
 
 
 @pytest.fixture
-def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ProcessGenerator]]:
+def scripted(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], ProcessGenerator]]:
     """Makes generators whose processes do what prompts tell them to, loading already."""
     monkeypatch.setattr(process_generator, "_PROGRAM", ("-m", "tests.support.scripted_generator"))
-    environment = {**os.environ, "SCRIPTED_FOLDER": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment = {**environment_of(settings), "SCRIPTED_FOLDER": str(tmp_path), "PYTHONPATH": str(ROOT)}
     made: list[ProcessGenerator] = []
 
-    def make(name: str = "cpu") -> ProcessGenerator:
+    def make() -> ProcessGenerator:
         generator = ProcessGenerator(
-            name=name,
+            name="cpu",
             device="cpu",
             pipeline="scripted",
             revision=None,
@@ -167,6 +171,18 @@ def test_a_process_that_is_told_to_end_alone_is_started_again_and_its_prompts_ar
     (restarted,) = told.of(Restarted)
     assert restarted.message == "the generator on cpu ended with work left"
     assert told.run.backlog.deaths.total() == 0
+
+
+def test_a_process_that_has_lost_its_device_is_started_again_and_the_prompt_with_it(
+    client: DecodeClient, scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_generator, "_PROGRAM", ("-m", "tests.support.sick_denoiser"))
+    told = Told(client, ["bad 1", "lose", "bad 2"], [scripted()]).start().finish()
+    (restarted,) = told.of(Restarted)
+    lost = f"the device is lost since RuntimeError: {LOST}"
+    assert restarted.message == f"the generator on cpu ended with status 70: {lost}"
+    words = "ScriptedPipeline raised ValueError: no"
+    assert told.failed == {prompt: f"{words} {prompt}" for prompt in ("bad 1", "lose", "bad 2")}
 
 
 def test_what_a_generator_held_when_the_last_one_ended_fails(client: DecodeClient) -> None:
