@@ -251,8 +251,6 @@ class Run:
         self._collector.start()
         for task in adopted.waiting:
             self._collector.add(task)
-        if self.stopping.is_set():  # the generators have been told, and will not tell that they ended
-            return
         self.backlog.fill(batches(adopted.missing, size=self._options.batch_size))
         self._running = len(self._generators)
         for generator in self._generators:
