@@ -68,10 +68,17 @@ class Backlog:
         with self._changed:
             return list(self._held.pop(owner, {}).values())
 
-    def abandon(self) -> list[Task]:
-        """What nobody will denoise."""
+    def holds(self, owner: str) -> bool:
+        """Whether a generator has tasks on its hands."""
         with self._changed:
-            left = [task for batch in self._batches for task in batch]
+            return bool(self._held.get(owner))
+
+    def abandon(self) -> list[Task]:
+        """What nobody will denoise, once every generator has ended."""
+        with self._changed:
+            left = [task for held in self._held.values() for task in held.values()]
+            left += [task for batch in self._batches for task in batch]
+            self._held.clear()
             self._batches.clear()
             return left
 

@@ -18,7 +18,7 @@ from broker_config.errors import ConfigurationError, InvalidOption
 from broker_config.vae_catalog import VaeCatalog
 from producer.pipeline_table import EXCEPTED, PIPELINES
 from producer.pipelines import lookup
-from producer.prompt_farm.facts import ARGUMENTS, DENOISERS, facts_of, size_options
+from producer.prompt_farm.facts import ARGUMENTS, DENOISERS, check_noise, facts_of, size_options
 from producer.prompt_farm.plan import Task
 
 if TYPE_CHECKING:
@@ -44,11 +44,13 @@ class Denoiser:
         folder: what it was loaded from, which may have the config of the VAE it was loaded without.
 
         Raises:
-            InvalidOption, UnknownPipeline, UnknownVae: as `facts_of`.
+            InvalidOption, UnknownPipeline, UnknownVae: as `facts_of` and `check_noise`.
         """
         self.pipeline = pipeline
-        described = pipeline if folder is None or vae is not None else with_own_vae(pipeline, folder)
+        whole = pipeline if folder is None else with_own_vae(pipeline, folder)
+        described = pipeline if vae is not None else whole
         self.facts = facts_of(pipeline, vae=vae, catalog=catalog, described=described)
+        check_noise(catalog[self.facts.vae], getattr(whole, "vae", None), name=self.facts.name)
         #: Options of a submit that tell whose latents they are.
         self.options: dict[str, Any] = {"vae": vae} if vae is not None else {}
         if self.facts.name in PIPELINES:

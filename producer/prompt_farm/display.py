@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from producer.prompt_farm.events import Delayed, Denoised, Event, Failed, Restarted
+from producer.prompt_farm.events import Delayed, Denoised, Event, Failed, GivenUp, Restarted
 from producer.prompt_farm.results import FarmResult
 from producer.prompt_farm.tally import Tally
 
@@ -74,6 +74,8 @@ class _Teller:
                 self.say(f"{event.stage} waits: {event.message} [{event.code}]", style="yellow")
         elif isinstance(event, Restarted):
             self.say(f"{event.message}; another one is started", style="yellow")
+        elif isinstance(event, GivenUp):
+            self.say(f"{event.device} is given up: {event.message}", style="red")
 
     def result(self, result: FarmResult) -> None:
         """Says what failed, and remembers what did not."""

@@ -67,13 +67,21 @@ class Restarted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GivenUp:
+    """A device gets nothing done, and no prompt of this run any more."""
+
+    device: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Ended:
     """A generator has nothing left to do."""
 
     device: str
 
 
-Event = Denoised | Submitted | Failed | Saved | Delayed | Restarted | Ended
+Event = Denoised | Submitted | Failed | Saved | Delayed | Restarted | GivenUp | Ended
 
 #: Those that come out of a generator process.
 _FROM_GENERATOR: Final[Mapping[str, Callable[..., Event]]] = {

@@ -124,6 +124,26 @@ def facts_of(pipeline: Any, *, vae: str | None, catalog: VaeCatalog, described: 
     )
 
 
+def check_noise(entry: VaeEntry, own: Any, *, name: str) -> None:
+    """Whether latents alone decide what they are decoded to.
+
+    Args:
+        entry: what decodes them.
+        own: the pipeline's VAE, or what has its class's name and its config; None: not known.
+        name: the pipeline's class.
+
+    Raises:
+        InvalidOption: the VAE draws noise as it decodes.
+    """
+    is_own = type(own).__name__ == entry.vae_class
+    if entry.draws_noise or (is_own and own.config.get("timestep_conditioning")):
+        raise InvalidOption(
+            f"VAE {entry.name} of this {name} draws noise as it decodes, from where the pipeline's generator stands by "
+            "then, which the farm does not hand on: submit such latents with `generator`",
+            field="vae",
+        )
+
+
 def check_output(output: str | None, facts: PipelineFacts) -> str:
     """The output of a run: the one asked for, else png or mp4, or tensor where these cannot hold it.
 

@@ -21,9 +21,9 @@ from producer.client import DecodeClient
 from producer.pipelines import config_of
 from producer.prompt_farm.denoiser import Denoiser
 from producer.prompt_farm.destination import Destination, open_destination
-from producer.prompt_farm.events import Ended
+from producer.prompt_farm.events import Ended, GivenUp
 from producer.prompt_farm.facts import DENOISERS, check_output, check_tasks
-from producer.prompt_farm.generator import Generator
+from producer.prompt_farm.generator import DeviceLost, Generator
 from producer.prompt_farm.manifest import Manifest
 from producer.prompt_farm.options import FarmOptions
 from producer.prompt_farm.plan import plan
@@ -172,6 +172,8 @@ class ThreadGenerator:
         )
         try:
             generator.run(run.backlog.batches(self.device))
+        except DeviceLost as error:
+            run.emit(GivenUp(device=self.device, message=str(error)))
         finally:
             run.emit(Ended(device=self.device))
 

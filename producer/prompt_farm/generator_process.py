@@ -1,8 +1,9 @@
 """`python -m producer.prompt_farm.generator_process`: one device's generator as a process of its own.
 
 Lines of JSON go in and out. In: what to load, then options of the submits, then batches, one at a time. Out: `ready`
-with the pipeline's facts, or `refused` with the error; then events, and `turn` whenever a batch is done with. The end
-of the input, or SIGTERM, ends the process once what it is denoising is handed over. Standard output belongs to the
+with the pipeline's facts; then events, and `turn` whenever a batch is done with. `refused` has the error that ends the
+process: it cannot load the pipeline, or has lost its device. The end of the input, or SIGTERM, ends it once what it is
+denoising is handed over. Standard output belongs to the
 lines alone: what libraries print goes to standard error.
 """
 
@@ -15,9 +16,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, Final
 
-from broker_config.errors import LatentqError
+from broker_config.errors import DenoiseFailed, LatentqError
 from producer.client import DecodeClient
 from producer.pipelines import lookup
 from producer.prompt_farm import events
@@ -31,9 +32,14 @@ from producer.prompt_farm.denoiser import (
     quiet_libraries,
     vae_config_in,
 )
-from producer.prompt_farm.generator import Generator
+from producer.prompt_farm.generator import DeviceLost, Generator
 from producer.prompt_farm.plan import Task
 from producer.queued_vae import QueuedVAE
+
+#: Exit status of a process that has lost its device, as of a worker (EX_SOFTWARE of sysexits.h).
+_EXIT_LOST: Final = 70
+#: Prompts that a pipeline fails with in a row once it has worked: one may be at fault, so many are not.
+_PATIENCE: Final = 3
 
 
 class Lines:
@@ -81,8 +87,14 @@ def main() -> int:
             options=options,
             emit=lambda event: out.put(events.to_wire(event)),
             stopping=threading.Event(),
+            patience=_PATIENCE,
         )
-        generator.run(_batches(out, stopping))
+        try:
+            generator.run(_batches(out, stopping))
+        except DeviceLost as error:
+            out.put({"refused": DenoiseFailed(str(error)).to_wire()})
+            client.close()
+            os._exit(_EXIT_LOST)  # what belongs to the device cannot be put away in order
     client.close()
     return 0
 

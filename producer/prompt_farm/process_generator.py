@@ -16,21 +16,26 @@ import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from broker_config.errors import ConfigurationError, LatentqError
-from producer.prompt_farm.events import Ended, Restarted, error_from_wire, from_wire
+from broker_config.errors import ConfigurationError
+from producer.prompt_farm.events import Ended, GivenUp, Restarted, error_from_wire, from_wire
 from producer.prompt_farm.facts import PipelineFacts
 from producer.supervisor import dying_with_parent, sharing_cores
 
 if TYPE_CHECKING:
     from producer.prompt_farm.run import Run
 
+#: What the interpreter runs as the process.
+_PROGRAM: Final = ("-m", "producer.prompt_farm.generator_process")
 #: Batches that a process has, the one it denoises included.
 _AHEAD: Final = 2
-#: A process that died so often without getting anything done will not get anything done.
+#: A device whose processes died so often without getting anything done will not get anything done,
 _IDLE_DEATHS: Final = 3
+#: unless it was a prompt that they died of: then the next prompts have as many tries. A device that three prompts in a
+#: row died on kills every prompt.
+_IDLE_DEATHS_AT_MOST: Final = 9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +47,20 @@ class Ready:
     identity: str
     #: How long loading took.
     seconds: float
+
+
+@dataclass(kw_only=True, slots=True)
+class _Life:
+    """What became of one process."""
+
+    #: Its pipeline is loaded. It gets no prompt before: others may be free for them meanwhile.
+    loaded: threading.Event = field(default_factory=threading.Event)
+    #: Whether it was done with a batch.
+    landed: bool = False
+    #: Whether it has got all that was left.
+    is_fed: bool = False
+    #: Why it ended, in its own words.
+    why: str = ""
 
 
 class ProcessGenerator:
@@ -87,6 +106,9 @@ class ProcessGenerator:
         self._options: Mapping[str, Any] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = False
+        #: Held while it is settled who tells `Ended`: the thread that leaves, or `start`, which came too late.
+        self._leaving = threading.Lock()
+        self._has_left = False
         self._thread = threading.Thread(target=self._keep, name=f"farm-{name}", daemon=True)
 
     def load(self) -> None:
@@ -99,8 +121,12 @@ class ProcessGenerator:
 
     def start(self, run: Run) -> None:
         """Begins to work the run's backlog off."""
-        self._run = run
+        with self._leaving:
+            self._run = run
+            has_left = self._has_left
         self._begun.set()
+        if has_left:
+            run.emit(Ended(device=self.device))
 
     def stop(self) -> None:
         """Asks the process to finish what it denoises and no more."""
@@ -113,6 +139,7 @@ class ProcessGenerator:
     def kill(self) -> None:
         """Ends the process at once."""
         self._stopping = True
+        self._begun.set()
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
 
@@ -124,35 +151,50 @@ class ProcessGenerator:
     # The thread that starts and reads -------------------------------------------------------------------
 
     def _keep(self) -> None:
-        idle_deaths = 0
         try:
-            while True:
-                landed = self._live()
-                if self._process is None or self._process.returncode == 0 or self._stopping:
-                    return
-                run = self._run
-                if run is None:  # it died while it loaded for the first time, and has said why on standard error
-                    if not self.ready.done():
-                        self.ready.set_exception(self._death())
-                    return
-                idle_deaths = 0 if landed else idle_deaths + 1
-                run.recover(self.device)
-                if idle_deaths == _IDLE_DEATHS:
-                    return
-                run.emit(Restarted(device=self.device, message=self._death().message))
+            self._live_on()
         finally:
-            if self._run is not None:
-                self._run.emit(Ended(device=self.device))
+            with self._leaving:
+                self._has_left = True
+                run = self._run
+            if run is not None:
+                run.emit(Ended(device=self.device))
 
-    def _death(self) -> LatentqError:
-        status = self._process.returncode if self._process is not None else None
-        how = f"signal {-status}" if status is not None and status < 0 else f"status {status}"
-        return ConfigurationError(f"the generator on {self.device} ended with {how}", field="pipeline")
+    def _live_on(self) -> None:
+        """Process after process, until nothing is left to do, or this device gets nothing done."""
+        deaths, allowed = 0, _IDLE_DEATHS
+        while not self._stopping:
+            life, status = self._live()
+            message = self._describe(life, status)
+            if not self.ready.done():  # it died while it loaded for the first time, and has said why on standard error
+                self.ready.set_exception(ConfigurationError(message, field="pipeline"))
+            if self.ready.exception() is not None:
+                return
+            self._begun.wait()  # one that died before is started again once there is something to do
+            run = self._run
+            if run is None or self._stopping or (life.is_fed and not run.backlog.holds(self.device)):
+                return
+            # One that was told to end alone has finished what it denoised: no prompt is to blame.
+            gave_up = run.recover(self.device, is_blamed=status != 0)
+            if run.stopping.is_set():
+                return
+            deaths, allowed = (0, _IDLE_DEATHS) if life.landed else (deaths + 1, allowed)
+            if gave_up:
+                allowed = min(deaths + _IDLE_DEATHS, _IDLE_DEATHS_AT_MOST)
+            if deaths >= allowed:
+                run.emit(GivenUp(device=self.device, message=f"{deaths} deaths in a row, the last one: {message}"))
+                return
+            run.emit(Restarted(device=self.device, message=message))
 
-    def _live(self) -> bool:
-        """One process, from start to end. Returns whether it got anything done."""
+    def _describe(self, life: _Life, status: int) -> str:
+        how = f"signal {-status}" if status < 0 else f"status {status}" if status else "work left"
+        return f"the generator on {self.device} ended with {how}" + (f": {life.why}" if life.why else "")
+
+    def _live(self) -> tuple[_Life, int]:
+        """One process, from start to end. Returns what became of it, and its exit status."""
+        life = _Life()
         self._process = process = subprocess.Popen(
-            [sys.executable, "-m", "producer.prompt_farm.generator_process"],
+            [sys.executable, *_PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=self._environment,
@@ -162,8 +204,9 @@ class ProcessGenerator:
         assert process.stdin is not None
         assert process.stdout is not None
         turns = threading.Semaphore(_AHEAD)
-        landed = False
-        feeder = threading.Thread(target=self._feed, args=(process, turns), name=f"feed-{self.device}", daemon=True)
+        feeder = threading.Thread(
+            target=self._feed, args=(process, life, turns), name=f"feed-{self.device}", daemon=True
+        )
         feeder.start()
         for line in process.stdout:
             try:
@@ -172,21 +215,26 @@ class ProcessGenerator:
                 break
             if "turn" in told:
                 turns.release()
-                landed = True
+                life.landed = True
             elif "event" in told:
                 assert self._run is not None
                 self._run.emit(from_wire(told))
-            elif not self.ready.done():
-                self._answer(told)
-        process.wait()
+            else:
+                self._answer(told, life)
+        status = process.wait()
         process.stdout.close()
         turns.release(_AHEAD)  # a feeder that waits for its turn finds a closed pipe
         feeder.join()
-        return landed
+        return life, status
 
-    def _answer(self, told: Mapping[str, Any]) -> None:
+    def _answer(self, told: Mapping[str, Any], life: _Life) -> None:
         if "refused" in told:
-            self.ready.set_exception(error_from_wire(told["refused"]))
+            life.why = " ".join(told["refused"]["message"].split())
+            if not self.ready.done():
+                self.ready.set_exception(error_from_wire(told["refused"]))
+            return
+        life.loaded.set()
+        if self.ready.done():
             return
         said = told["ready"]
         facts = PipelineFacts.from_wire(said["facts"])
@@ -194,13 +242,14 @@ class ProcessGenerator:
 
     # The thread that writes -----------------------------------------------------------------------------
 
-    def _feed(self, process: subprocess.Popen[bytes], turns: threading.Semaphore) -> None:
+    def _feed(self, process: subprocess.Popen[bytes], life: _Life, turns: threading.Semaphore) -> None:
         assert process.stdin is not None
         try:
             self._write(process, self._asked)
-            while not self._begun.wait(1.0):
-                if process.poll() is not None:
-                    return
+            for needed in (life.loaded, self._begun):
+                while not needed.wait(1.0):
+                    if process.poll() is not None or self._stopping:
+                        return
             if self._run is None or self._stopping:
                 return
             self._write(process, self._options)
@@ -211,6 +260,7 @@ class ProcessGenerator:
                     return
                 batch = next(batches, None)
                 if batch is None:
+                    life.is_fed = True
                     return
                 self._write(process, [task.to_wire() for task in batch])
         except (BrokenPipeError, ValueError):  # it died: the other thread sees to it

@@ -20,7 +20,7 @@ from producer.prompt_farm.adoption import Adopted, adopt
 from producer.prompt_farm.backlog import Backlog
 from producer.prompt_farm.collector import Collector
 from producer.prompt_farm.destination import Destination
-from producer.prompt_farm.events import Delayed, Denoised, Ended, Event, Failed, Saved, Submitted
+from producer.prompt_farm.events import Delayed, Denoised, Ended, Event, Failed, GivenUp, Saved, Submitted
 from producer.prompt_farm.manifest import Manifest
 from producer.prompt_farm.naming import NameTemplate
 from producer.prompt_farm.options import FarmOptions
@@ -93,6 +93,8 @@ class Run:
         self._events: queue.SimpleQueue[Event | FarmResult] = queue.SimpleQueue()
         self._room = threading.Semaphore(_UNREAD)
         self._running = 0
+        #: Why the last device that was given up was.
+        self._given_up = ""
         self._copied_s = time.monotonic()
         self.stopping = threading.Event()
         #: Told of every event, in the caller's thread, before it is acted on there.
@@ -148,8 +150,16 @@ class Run:
             self.backlog.land(event.task)
         self._events.put(event)
 
-    def recover(self, owner: str) -> None:
-        """A generator died: what it had submitted is adopted, the rest is denoised again, but not for ever."""
+    def recover(self, owner: str, *, is_blamed: bool) -> bool:
+        """A generator died: what it had submitted is adopted, the rest is denoised again, but not for ever.
+
+        Args:
+            owner: the generator.
+            is_blamed: whether it may have died of the prompt it had on the device.
+
+        Returns:
+            Whether that prompt is given up.
+        """
         held = self.backlog.drop(owner)
         while not self.stopping.is_set():
             try:
@@ -159,19 +169,20 @@ class Run:
                 self.emit(Delayed(stage="submit", code=error.code, message=error.message))
                 self.stopping.wait(_PAUSE_S)
         else:
-            return
+            return False
         for task in adopted.waiting:
             self._collector.add(task, spooled=task.submit_id in adopted.spooled)
         again = []
         # What stands first was on the device; the others only waited for it.
         for number, task in enumerate(adopted.missing):
-            self.backlog.deaths[task.job_id] += number == 0
+            self.backlog.deaths[task.job_id] += is_blamed and number == 0
             if self.backlog.deaths[task.job_id] < _DEATHS:
                 again.append(task)
             else:
                 message = f"{_DEATHS} generators died while this prompt was denoised"
                 self.emit(Failed(task=task.job_id, stage="denoise", code="denoise_failed", message=message))
         self.backlog.give_back(again)
+        return len(again) < len(adopted.missing)
 
     def _deliver(self, result: FarmResult) -> None:
         if result.data is not None:
@@ -250,6 +261,8 @@ class Run:
         elif isinstance(event, Failed):
             task = next(item for item in self._tasks if item.job_id == event.task)
             return FarmResult(task=task, timings_s={}, error=event)
+        elif isinstance(event, GivenUp):
+            self._given_up = f"; {event.device} was given up: {event.message}"
         elif isinstance(event, Ended) and event.device:
             self._running -= 1
             if self._running == 0:
@@ -262,7 +275,7 @@ class Run:
         if self.stopping.is_set():
             return
         for task in self.backlog.abandon():
-            message = "every generator has ended before this prompt came up"
+            message = f"every generator has ended before this prompt was denoised{self._given_up}"
             self.emit(Failed(task=task.job_id, stage="denoise", code="denoise_failed", message=message))
 
     def _count(self, result: FarmResult) -> None:

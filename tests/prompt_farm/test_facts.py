@@ -25,7 +25,9 @@ from tests.conftest import need_tool
 from tests.parity.families import CASES
 from tests.parity.whole_pipelines import build
 from tests.support.thread_worker import ThreadWorker
-from tests.support.tiny_pipelines import save_tiny_pipeline, text_to_video
+from tests.support.tiny_families import catalogue
+from tests.support.tiny_families import ltx as tiny_ltx
+from tests.support.tiny_pipelines import save_tiny_pipeline, text_to_video, tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own, as it makes its pipelines
 
@@ -73,6 +75,22 @@ def test_a_high_dynamic_range_is_written_as_tensors_only() -> None:
 def test_a_pipeline_that_needs_more_than_a_prompt_is_refused(name: str) -> None:
     with pytest.raises(InvalidOption, match=_NOT_OF_TEXT[name]):
         facts_of(build(CASES[name], None), vae=None, catalog=CATALOG)
+
+
+@pytest.mark.parametrize("vae", [None, "ltx"])
+def test_a_vae_in_the_pipelines_folder_that_mixes_noise_in_is_refused(tmp_path: Path, vae: str | None) -> None:
+    pipeline = build(CASES["ltx"], None)
+    tiny_ltx(catalogue()["ltx"]).save_pretrained(tmp_path / "vae")
+    assert Denoiser(pipeline, catalog=CATALOG, folder=tmp_path, vae=vae).facts.vae == "ltx"
+    tiny_ltx(catalogue()["ltx"], timestep_conditioning=True).save_pretrained(tmp_path / "vae")
+    with pytest.raises(InvalidOption, match="VAE ltx of this LTXPipeline draws noise as it decodes") as refusal:
+        Denoiser(pipeline, catalog=CATALOG, folder=tmp_path, vae=vae)
+    assert refusal.value.field == "vae"
+
+
+def test_a_vae_that_starts_from_noise_is_refused() -> None:
+    with pytest.raises(InvalidOption, match="VAE consistency-decoder of this StableDiffusionPipeline draws noise"):
+        Denoiser(tiny_pipeline(channels=4), catalog=CATALOG, vae="consistency-decoder")
 
 
 def test_a_size_that_packed_latents_do_not_tell_must_be_given() -> None:

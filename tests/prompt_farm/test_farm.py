@@ -22,7 +22,9 @@ from broker_config.job_status import JobStatus
 from broker_config.settings import Settings
 from producer import AsyncDecodeClient, DecodeClient
 from producer.prompt_farm import AsyncFarm, Farm, FarmResult, collector
+from producer.prompt_farm.denoiser import Denoiser
 from tests.support.demo_pictures import in_process
+from tests.support.sick_denoiser import LOST
 from tests.support.thread_worker import ThreadWorker
 from tests.support.tiny_pipelines import tiny_pipeline
 from tests.support.wait import wait_until
@@ -183,6 +185,21 @@ def test_an_error_of_one_row_does_not_end_the_farm(
     assert "ValueError: no maps" in error.message
     assert results["a fox"].error is None
     assert results["a door"].error is None
+
+
+def test_a_lost_device_ends_the_farm_with_the_reason(
+    client: DecodeClient, pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(self: Denoiser) -> None:
+        raise RuntimeError(LOST)
+
+    monkeypatch.setattr(Denoiser, "wait", lose)
+    with denoising(pipeline) as calls:
+        results = list(Farm(pipeline, client, PROMPTS, **CALL))
+    assert calls == [["a fox"]]
+    messages = {result.prompt: result.error.message for result in results if result.error is not None}
+    why = f"this process was given up: the device is lost since RuntimeError: {LOST}"
+    assert messages == dict.fromkeys(PROMPTS, f"every generator has ended before this prompt was denoised; {why}")
 
 
 def test_latents_that_are_not_numbers_are_that_rows_error(

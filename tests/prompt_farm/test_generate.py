@@ -104,8 +104,17 @@ def test_prompts_become_files_a_manifest_and_plain_lines(
     assert len(rows(out)) == 12
 
 
+@pytest.mark.parametrize(
+    ("number", "how"), [(signal.SIGKILL, "signal 9"), (signal.SIGTERM, "work left")], ids=["killed", "told to end"]
+)
 def test_a_generator_that_is_killed_is_started_again(
-    command: Command, worker: ThreadWorker, pipeline_folder: Path, prompts: Path, tmp_path: Path
+    command: Command,
+    worker: ThreadWorker,
+    pipeline_folder: Path,
+    prompts: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    how: str,
 ) -> None:
     out = tmp_path / "out"
     worker.gate.close()
@@ -114,10 +123,10 @@ def test_a_generator_that_is_killed_is_started_again(
     (child,) = children_of(process.pid)
     told = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
     assert b"OMP_WAIT_POLICY=PASSIVE" in told, "a worker may compute on the same cores"
-    os.kill(child, signal.SIGKILL)
+    os.kill(child, number)
     worker.gate.open()
     assert process.wait(_BOUND_S) == 0, command.log.read_text()
-    assert "ended with signal 9; another one is started" in command.log.read_text()
+    assert f"ended with {how}; another one is started" in command.log.read_text()
     assert sorted(row["prompt"] for row in rows(out)) == sorted(f"fox {number}" for number in range(12))
 
 
