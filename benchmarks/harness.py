@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -103,9 +104,12 @@ class Bench:
 
 
 def waiting_share(before: WorkerState, after: WorkerState) -> float:
-    """Share of the time between two reports in which the device waited for anything but its own work."""
+    """Share of the time between two reports in which the device waited for anything but its own work.
+
+    NaN where both are one report: so few jobs were done with before anybody looked.
+    """
     busy, idle = after.busy_s - before.busy_s, after.idle_s - before.idle_s
-    return idle / (busy + idle)
+    return idle / (busy + idle) if busy + idle > 0 else math.nan
 
 
 @contextlib.contextmanager
