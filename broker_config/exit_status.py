@@ -1,4 +1,4 @@
-"""What the process of a service ends with when it cannot start, so that its supervisor knows whether to try again."""
+"""What a process ends with, so that whoever keeps it running knows whether to start it again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from broker_config.errors import LatentqError
 
 #: It cannot work as configured: starting it again would not help.
 EXIT_UNUSABLE: Final = 2
+#: It broke, its device for one: a new process may be sound (EX_SOFTWARE of sysexits.h).
+EXIT_BROKEN: Final = 70
 #: Starting it later may help (EX_TEMPFAIL of sysexits.h).
 EXIT_AWAY: Final = 75
 

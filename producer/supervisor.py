@@ -4,9 +4,9 @@ Used by `latentq up` and `latentq demo`. Children are separate programs (never f
 forked child) in the supervisor's session; they are told to stop with SIGTERM, in the reverse order of their start.
 
 DESIGN. A child that ends with status 2 cannot work as configured, so everything ends with its message. Any other end
-is a crash or a hang: it is started again after a pause that doubles with each quick end; so is
-the embedded broker (kept_broker.py). When the supervisor is
-killed, the broker follows by itself (embedded_broker.py) and on Linux the children too (`PR_SET_PDEATHSIG`).
+is a crash or a hang: it is started again after a pause that doubles with each quick end; so is the embedded broker
+(kept_broker.py). When the supervisor is killed, the broker follows by itself (embedded_broker.py) and on Linux the
+children too (`PR_SET_PDEATHSIG`).
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from broker_config import keys
 from broker_config.claims import Claim
 from broker_config.connection import Connections, broker_errors
 from broker_config.errors import LatentqError
+from broker_config.exit_status import EXIT_BROKEN
 from broker_config.job_store import JobStore
 from broker_config.messages import Mode
 from broker_config.settings import Settings
@@ -46,8 +47,6 @@ from worker.warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
 
-#: Exit status after a hang or a broken stage (EX_SOFTWARE of sysexits.h).
-EXIT_BROKEN: Final = 70
 _WATCH_S: Final = 0.5
 
 

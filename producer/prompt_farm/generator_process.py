@@ -3,8 +3,7 @@
 Lines of JSON go in and out. In: what to load, then options of the submits, then batches, one at a time. Out: `ready`
 with the pipeline's facts; then events, and `turn` whenever a batch is done with. `refused` has the error that ends the
 process: it cannot load the pipeline, or has lost its device. The end of the input, or SIGTERM, ends it once what it is
-denoising is handed over. Standard output belongs to the
-lines alone: what libraries print goes to standard error.
+denoising is handed over. Standard output belongs to the lines alone: what libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, Final
 
 from broker_config.errors import DenoiseFailed, LatentqError
+from broker_config.exit_status import EXIT_BROKEN
 from producer.client import DecodeClient
 from producer.pipelines import lookup
 from producer.prompt_farm import events
@@ -36,8 +36,6 @@ from producer.prompt_farm.generator import DeviceLost, Generator
 from producer.prompt_farm.plan import Task
 from producer.queued_vae import QueuedVAE
 
-#: Exit status of a process that has lost its device, as of a worker (EX_SOFTWARE of sysexits.h).
-_EXIT_LOST: Final = 70
 #: Prompts that a pipeline fails with in a row once it has worked: one may be at fault, so many are not.
 _PATIENCE: Final = 3
 
@@ -94,7 +92,7 @@ def main() -> int:
         except DeviceLost as error:
             out.put({"refused": DenoiseFailed(str(error)).to_wire()})
             client.close()
-            os._exit(_EXIT_LOST)  # what belongs to the device cannot be put away in order
+            os._exit(EXIT_BROKEN)  # what belongs to the device cannot be put away in order
     client.close()
     return 0
 

@@ -57,6 +57,11 @@ def manifest(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
 
+def with_spool(client: DecodeClient, settings: Settings, folder: Path) -> DecodeClient:
+    """Another client of the same broker."""
+    return DecodeClient(client.store.connections, settings=settings, catalog=client.catalog, spool=folder / "spool")
+
+
 def test_each_picture_is_the_one_that_the_pipeline_would_have_made(
     client: DecodeClient, pipeline: Any, worker: ThreadWorker, tmp_path: Path
 ) -> None:
@@ -250,12 +255,7 @@ def test_what_the_queue_does_not_take_goes_to_the_spool_and_comes_home_all_the_s
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     worker.gate.close()
-    narrow = DecodeClient(
-        client.store.connections,
-        settings=settings.model_copy(update={"max_pending_jobs": 1}),
-        catalog=client.catalog,
-        spool=tmp_path / "spool",
-    )
+    narrow = with_spool(client, settings.model_copy(update={"max_pending_jobs": 1}), tmp_path)
     assert narrow.spool is not None
     # What is in the spool does not count as ahead: denoising goes on.
     stopped = Farm(pipeline, narrow, PROMPTS, block_s=0.01, max_ahead=2, **CALL)
@@ -268,7 +268,7 @@ def test_what_the_queue_does_not_take_goes_to_the_spool_and_comes_home_all_the_s
     assert got == []
     narrow.spool.close()
     # Another process, later: nothing is denoised again, and what waits is handed over.
-    again = DecodeClient(client.store.connections, settings=settings, catalog=client.catalog, spool=tmp_path / "spool")
+    again = with_spool(client, settings, tmp_path)
     assert again.spool is not None
     with monkeypatch.context() as patch:
         added: list[bool] = []
@@ -300,12 +300,7 @@ def test_a_job_that_is_nowhere_any_more_fails_instead_of_being_waited_for(
     """Its file in the spool was set aside, or the broker came back empty: nobody would ever tell of it."""
     monkeypatch.setattr(collector, "_LOOK_S", 0.05)
     worker.gate.close()
-    narrow = DecodeClient(
-        client.store.connections,
-        settings=settings.model_copy(update={"max_pending_jobs": 1}),
-        catalog=client.catalog,
-        spool=tmp_path / "spool",
-    )
+    narrow = with_spool(client, settings.model_copy(update={"max_pending_jobs": 1}), tmp_path)
     assert narrow.spool is not None
     spool = narrow.spool.spool
     farm = Farm(pipeline, narrow, PROMPTS, block_s=0.01, **CALL)
@@ -326,7 +321,7 @@ def test_a_job_that_is_nowhere_any_more_fails_instead_of_being_waited_for(
 def test_a_spool_that_cannot_be_read_delays_and_does_not_end_the_farm(
     settings: Settings, pipeline: Any, client: DecodeClient, worker: ThreadWorker, tmp_path: Path
 ) -> None:
-    own = DecodeClient(client.store.connections, settings=settings, catalog=client.catalog, spool=tmp_path / "spool")
+    own = with_spool(client, settings, tmp_path)
     assert own.spool is not None
     is_empty, tries = own.spool.spool.is_empty, iter((OSError(5, "Input/output error"),))
 

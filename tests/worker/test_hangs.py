@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from broker_config import keys
+from broker_config.exit_status import EXIT_BROKEN
 from broker_config.settings import Settings
 from producer import DecodeClient, JobHandle, JobStatus
 from tests.chaos.crew import Member
@@ -18,7 +19,6 @@ from tests.support.processes import environment_of
 from tests.support.thread_worker import ThreadWorker
 from tests.support.wait import wait_until
 from worker import fetch_stage
-from worker.decode_worker import EXIT_BROKEN
 
 _numbers = itertools.count()
 #: A decode of the tiny VAE takes milliseconds.

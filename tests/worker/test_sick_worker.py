@@ -11,12 +11,12 @@ import torch
 
 from broker_config import job_store, keys
 from broker_config.errors import BlobStoreUnknown, DecodeFailed, OutOfMemory
+from broker_config.exit_status import EXIT_BROKEN
 from broker_config.settings import Settings
 from producer import DecodeClient, JobHandle, JobStatus
 from tests.support.thread_worker import ThreadWorker, stage_threads
 from tests.support.wait import wait_until
 from worker import decode_ways, device_stage, fetch_stage
-from worker.decode_worker import EXIT_BROKEN
 from worker.vae_pool import LoadedVae, VaePool
 
 #: What torch says when a device is lost, and when the host is short of memory.
