@@ -16,6 +16,7 @@ import pytest
 from broker_config.settings import Settings
 from producer.prompt_farm.manifest import Manifest
 from tests.chaos.farm import FarmPlan, FarmStorm
+from tests.support.embedded_brokers import has_ended
 from tests.support.generate_command import children_of, generate_command, start_generate
 from tests.support.processes import environment_of
 from tests.support.s3_server import S3Server, need_s3
@@ -141,7 +142,7 @@ def test_a_command_that_is_killed_takes_its_generator_along_and_goes_on_where_it
     (child,) = children_of(process.pid)
     process.kill()
     process.wait()
-    wait_until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text())
+    wait_until(lambda: has_ended(child), what="the end of the generator")
     worker.gate.open()
     with (out / "manifest.jsonl").open("ab") as manifest:
         manifest.write(b'{"job_id": "farm-torn')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -27,5 +28,6 @@ def children_of(pid: int) -> list[int]:
     """Processes that a process has started and that still run."""
     found: set[int] = set()
     for thread in Path(f"/proc/{pid}/task").glob("*/children"):
-        found |= {int(word) for word in thread.read_text().split()}
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # this thread has ended by now
+            found |= {int(word) for word in thread.read_text().split()}
     return sorted(found)
